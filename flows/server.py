@@ -1,0 +1,86 @@
+"""A Prefect server: the configured one, or one of our own that ends with us.
+
+Our own is a real server with its records in `.prefopt/prefect`: Prefect's ephemeral mode failed
+two of three starts on a busy machine. Nothing is sent to the outside.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.supervise import Supervisor
+
+HOME = Path(".prefopt/prefect")
+START_SECONDS = 180.0
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "true",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+}
+
+
+@contextmanager
+def connected() -> Iterator[str]:
+    """Speak to the server of PREFECT_API_URL or the profile, else to our own; gives its URL."""
+    os.environ.update(QUIET)  # Prefect reads it when it is imported.
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    configured = PREFECT_API_URL.value()
+    if configured:
+        yield configured
+        return
+    with own_server(HOME) as url, temporary_settings({PREFECT_API_URL: url}):
+        yield url
+
+
+@contextmanager
+def own_server(home: Path) -> Iterator[str]:
+    """Start a server on a free port of the loopback, and stop it at the end; gives its API's URL.
+
+    Args:
+        home: where it keeps its records and its log.
+
+    Raises:
+        RuntimeError: if it does not come up.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "prefect", "server", "start", *address]
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home.resolve())}
+    with Supervisor() as supervisor, open(home / "server.log", "wb") as log:
+        server = supervisor.start(command, environment, log)
+        _await_health(server, url, home / "server.log")
+        yield url
+
+
+def _await_health(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    # A proxy of the environment is not to be asked for the loopback.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with opener.open(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.5)
+    got = "no answer" if server.poll() is None else f"status {server.returncode}"
+    raise RuntimeError(
+        f"Prefect server: it did not come up in {START_SECONDS:.0f} s, got {got}; see {log}, "
+        "or set PREFECT_API_URL to a server that runs"
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

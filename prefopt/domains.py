@@ -1,0 +1,14 @@
+"""Hyperparameter domains as types: a loss's signature is its configuration schema.
+
+The bounds are `annotated_types`, which pydantic reads; this package does not know pydantic.
+"""
+
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Lt
+from annotated_types import Interval as _Interval
+
+Positive = Annotated[float, Gt(0)]
+Smoothing = Annotated[float, Ge(0), Lt(0.5)]
+OpenSmoothing = Annotated[float, Gt(0), Lt(0.5)]
+Fraction = Annotated[float, _Interval(gt=0, lt=1)]

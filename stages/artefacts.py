@@ -1,0 +1,240 @@
+"""Paths and schemas of all that travels between stages, and how a stage publishes it.
+
+A row of `completions` is a completion's identity; pairs and reference point at row numbers.
+Tables are parquet with page checksums and non-null columns, compared with their schema on read.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path("artefacts")
+CHECKED = ROOT / "checked.txt"
+PROMPTS = ROOT / "prompts.parquet"
+CANDIDATES = ROOT / "candidates.parquet"
+COMPLETIONS = ROOT / "completions.parquet"
+PAIRS = ROOT / "pairs.parquet"
+REFERENCE = ROOT / "reference.parquet"
+SFT = ROOT / "models" / "sft"
+SFT_CURVE = ROOT / "curves" / "sft.csv"
+REPORT = ROOT / "report"
+WORK = Path(".prefopt")  # checkpoints, locks, journals: neither git's nor DVC's
+
+
+def model_of(run: str) -> Path:
+    return ROOT / "models" / run
+
+
+def curve_of(run: str) -> Path:
+    return ROOT / "curves" / f"{run}.csv"
+
+
+def logratios_of(run: str) -> Path:
+    return ROOT / "logratios" / f"{run}.parquet"
+
+
+def samples_of(run: str) -> Path:
+    return ROOT / "samples" / f"{run}.parquet"
+
+
+def judgements_of(run: str) -> Path:
+    return ROOT / "judgements" / f"{run}.parquet"
+
+
+def metrics_of(run: str) -> Path:
+    return ROOT / "metrics" / f"{run}.json"
+
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns.items()])
+
+
+_TOKENS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+_NATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+
+PROMPTS_SCHEMA = _schema(
+    split=pa.string(),
+    text=pa.string(),
+    tokens=_TOKENS,
+    gold=pa.string(),  # the data set's completion: SFT's target and an opponent
+    gold_tokens=_TOKENS,
+    rejected=pa.string(),  # where the data set has pairs (gold is then chosen), else empty
+    rejected_tokens=_TOKENS,
+)
+CANDIDATES_SCHEMA = _schema(prompt=pa.int64(), text=pa.string(), tokens=_TOKENS)
+COMPLETIONS_SCHEMA = _schema(prompt=_TOKENS, completion=_TOKENS)
+PAIRS_SCHEMA = _schema(chosen=pa.int64(), rejected=pa.int64(), preference=pa.float32())
+REFERENCE_SCHEMA = _schema(logps=_NATS)
+LOGRATIOS_SCHEMA = _schema(chosen=pa.float32(), rejected=pa.float32())
+SAMPLES_SCHEMA = _schema(
+    prompt=pa.int64(),  # row of prompts
+    seed=pa.int64(),
+    temperature=pa.float32(),
+    text=pa.string(),
+    tokens=_TOKENS,
+    logp=pa.float32(),
+    reference_logp=pa.float32(),
+)
+JUDGEMENTS_SCHEMA = _schema(
+    prompt=pa.int64(),
+    opponent=pa.string(),  # sft or gold
+    judge=pa.string(),
+    verdict=pa.string(),  # policy, opponent or tie
+    policy_reward=pa.float32(),
+    opponent_reward=pa.float32(),
+)
+
+
+def write_table(path: Path, columns: dict[str, Any], schema: pa.Schema) -> None:
+    table = pa.table(columns, schema=schema)
+    table.validate(full=True)
+    for field in schema:
+        assert table[field.name].null_count == 0, f"{path}: null in {field.name}"
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+def read_table(path: Path, schema: pa.Schema) -> dict[str, list[Any]]:
+    """Columns as Python lists.
+
+    Raises:
+        ValueError: if the file is missing, damaged or has another schema.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path}: cannot be read, got {error}; run `dvc checkout {path}`, or `dvc repro`"
+        ) from error
+    if not table.schema.equals(schema):
+        raise ValueError(
+            f"{path}: other columns than expected, got {table.schema.names}; "
+            "it was written by another version, run `dvc repro`"
+        )
+    return table.to_pydict()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a running stage writes: `partial(path)` becomes `path` when the stage ends well."""
+
+    name: str
+    fingerprint: str
+    directory: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def partial(self, output: Path) -> Path:
+        path = self.directory / "partial" / output
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+@contextmanager
+def stage(
+    name: str, *, inputs: Sequence[Path], outputs: Sequence[Path], params: Any
+) -> Iterator[Workspace]:
+    """Run a stage's body so that its outputs appear whole or not at all.
+
+    One process at a time holds a stage. Its inputs (files, parameters, this project's modules that
+    are loaded) are hashed at the start, which names the checkpoints that it may resume from, and
+    again at the end: what changed meanwhile would otherwise be recorded as the cause of these
+    outputs. The process dies with its parent, so that a killed `dvc repro` leaves no second writer.
+
+    Raises:
+        ValueError: if an input is missing, changed meanwhile, or another process holds the stage.
+    """
+    _die_with_parent()
+    started = time.monotonic()
+    for path in inputs:
+        if not path.exists():
+            raise ValueError(f"{path}: no such input of stage '{name}', got nothing; run `dvc repro`")
+    WORK.mkdir(exist_ok=True)
+    with _held(name):
+        code = _first_party_modules()
+        fingerprint = _fingerprint([*inputs, *code], params)
+        directory = WORK / "stages" / name.replace("@", "-") / fingerprint[:16]
+        shutil.rmtree(directory / "partial", ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        yield Workspace(name, fingerprint, directory)
+        if _fingerprint([*inputs, *code], params) != fingerprint:
+            raise ValueError(
+                f"stage '{name}': its inputs changed while it ran, got other bytes at the end; "
+                "run `dvc repro` again"
+            )
+        for output in outputs:
+            _publish(directory / "partial" / output, output)
+        shutil.rmtree(directory.parent)
+    with open(WORK / "times.jsonl", "a") as file:
+        times = {"stage": name, "seconds": round(time.monotonic() - started, 1)}
+        file.write(json.dumps(times) + "\n")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a directory's names and bytes."""
+    sha = hashlib.sha256()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            sha.update(str(file.relative_to(path)).encode())
+            with open(file, "rb") as stream:
+                sha.update(hashlib.file_digest(stream, "sha256").digest())
+    return sha.hexdigest()
+
+
+def _first_party_modules() -> list[Path]:
+    here = Path.cwd()
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = {Path(file) for file in files if file and Path(file).is_relative_to(here)}
+    return sorted(p.relative_to(here) for p in paths if "site-packages" not in p.parts)
+
+
+def _fingerprint(paths: Sequence[Path], params: Any) -> str:
+    parts = {"params": params, "files": {str(path): digest(path) for path in paths}}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _held(name: str) -> Iterator[None]:
+    locks = WORK / "locks"
+    locks.mkdir(exist_ok=True)
+    with open(locks / name.replace("@", "-"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"stage '{name}': another process runs it, got a held lock; wait for it or end it"
+            ) from None
+        yield
+
+
+def _publish(partial: Path, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for path in [partial, *partial.rglob("*")]:
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    if output.is_dir():
+        shutil.rmtree(output)
+    partial.replace(output)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        parent_death_signal = 1
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,20 @@
+"""Refuse bad parameters and bad models before any expensive work: `python -m stages.check`.
+
+Its output never changes, so passing it again re-runs nothing; failing it stops everything.
+"""
+
+from stages import models
+from stages.artefacts import CHECKED, stage
+from stages.params import check_runs, load_params
+
+
+def main() -> None:
+    params = load_params()
+    check_runs(params)
+    models.check(params.base)
+    with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:
+        workspace.partial(CHECKED).write_text("params.yaml and the base model are sound\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Sample K completions of each training prompt from the SFT policy: `python -m stages.sample`."""
+
+from tqdm import tqdm
+
+from prefopt.generation import sample
+from stages import models
+from stages.artefacts import (
+    CANDIDATES,
+    CANDIDATES_SCHEMA,
+    PROMPTS,
+    PROMPTS_SCHEMA,
+    SFT,
+    read_table,
+    stage,
+    write_table,
+)
+from stages.params import load_params
+
+
+def main() -> None:
+    params = load_params()
+    compute, settings = params.compute, params.sample
+    models.set_up(seed=compute.seed, num_threads=compute.num_threads)
+    relevant = {"compute": compute.model_dump(), "sample": settings.model_dump()}
+    with stage(
+        "sample", inputs=[PROMPTS, SFT], outputs=[CANDIDATES], params=relevant
+    ) as workspace:
+        prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
+        train = [row for row, split in enumerate(prompts["split"]) if split == "train"]
+        if settings.num_prompts > len(train):
+            raise ValueError(
+                f"sample.num_prompts: more than the training split has, got {settings.num_prompts}; "
+                f"at most {len(train)}"
+            )
+        # Candidates of one prompt lie together.
+        rows = [row for row in train[: settings.num_prompts] for _ in range(settings.num_completions)]
+        tokenizer = models.load_tokenizer(str(SFT))
+        with tqdm(total=len(rows), desc="sample", unit="completion", mininterval=5) as bar:
+            tokens = sample(
+                models.load_policy(str(SFT)),
+                [prompts["tokens"][row] for row in rows],
+                [compute.seed * 1_000_003 + index for index in range(len(rows))],
+                max_new_tokens=params.data.max_completion_tokens,
+                temperature=settings.temperature,
+                eos=tokenizer.eos_token_id,
+                batch_size=settings.batch_size,
+                progress=bar.update,
+            )
+        columns = {
+            "prompt": rows,
+            "text": tokenizer.batch_decode(tokens, skip_special_tokens=True),
+            "tokens": tokens,
+        }
+        write_table(workspace.partial(CANDIDATES), columns, CANDIDATES_SCHEMA)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""MLflow behind journals: `python -m stages.tracking` delivers what has not been delivered.
+
+A training never speaks to MLflow. It appends to a journal of its own and holds a lock on it; a
+courier, one process for all trainings, reads the journals and logs them in batches. MLflow slow or
+down therefore costs a training nothing, and the next command delivers what is left. A journal
+without an end whose lock is free belongs to a dead process: its MLflow run ends as FAILED.
+"""
+
+import argparse
+import csv
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+from stages.artefacts import WORK, digest, logratios_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+JOURNALS = WORK / "tracking"
+DELIVERED = JOURNALS / "delivered"
+DEFAULT_URI = "sqlite:///mlflow.db"
+BATCH = 1000  # metrics a call, MLflow's maximum
+SECONDS_BETWEEN_DELIVERIES = 5.0
+
+# Short, because what fails now is delivered by the next command; quiet, and silent to the outside.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """An append-only file of events, one JSON object a line, locked while its writer lives."""
+
+    def __init__(self, name: str) -> None:
+        JOURNALS.mkdir(parents=True, exist_ok=True)
+        self.path = JOURNALS / f"{time.time_ns()}-{name}.jsonl"
+        # Locked before it has its name, so that a courier never sees it without its writer.
+        unnamed = self.path.with_suffix(".new")
+        self._file = open(unnamed, "a")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        unnamed.rename(self.path)
+
+    def write(self, event: Event) -> None:
+        line = {"time": time.time_ns() // 1_000_000, **event}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def track(
+    run: str, *, recipe: str, params: dict[str, Any], datasets: dict[str, str]
+) -> Iterator[Journal]:
+    """Journal one training; what is raised inside ends it as FAILED."""
+    journal = Journal(run)
+    journal.write(
+        {
+            "kind": "training",
+            "run": run,
+            "recipe": recipe,
+            "params": {key: str(value) for key, value in params.items()},
+            "datasets": datasets,
+            "tags": _provenance(),
+        }
+    )
+    _start_courier()
+    end: Event = {"end": "FAILED"}
+    try:
+        yield journal
+        end = {"end": "FINISHED"}
+    finally:
+        journal.write(end)
+        journal.close()
+
+
+def track_evaluation(run: str, *, recipe: str, metrics: dict[str, float]) -> None:
+    """Journal a run's evaluation, for the MLflow run of the training that it evaluates."""
+    journal = Journal(run)
+    journal.write(
+        {
+            "kind": "evaluation",
+            "run": run,
+            "recipe": recipe,
+            "logratios": digest(logratios_of(run)),
+            "metrics": metrics,
+            "tags": _provenance(),
+        }
+    )
+    journal.write({"end": "FINISHED"})
+    journal.close()
+
+
+class Curve(AbstractContextManager["Curve"]):
+    """A training's metrics by step: a CSV file, a progress bar, and the journal if there is one."""
+
+    def __init__(
+        self, path: Path, name: str, num_steps: int, journal: Journal | None = None
+    ) -> None:
+        self._file: TextIO = open(path, "w", newline="")
+        self._writer: Any = None
+        self._journal = journal
+        self._bar = tqdm(total=num_steps, desc=name, unit="step", mininterval=5)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, list(metrics), lineterminator="\n")
+            self._writer.writeheader()
+        self._writer.writerow(metrics)
+        self._file.flush()
+        if self._journal is not None:
+            step = int(metrics["step"])
+            values = {key: value for key, value in metrics.items() if key != "step"}
+            self._journal.write({"step": step, "metrics": values})
+        self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+        self._bar.update()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        self._file.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--follow", action="store_true", help="stay until no journal is open")
+    follow = parser.parse_args().follow
+    JOURNALS.mkdir(parents=True, exist_ok=True)
+    with open(JOURNALS / "courier.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if follow else 0))
+        except BlockingIOError:
+            return  # Another courier is on its way.
+        left = deliver_all()
+        while follow and left:
+            time.sleep(SECONDS_BETWEEN_DELIVERIES)
+            left = deliver_all()
+    if left:
+        sys.stderr.write(f"tracking: {left} journals are still open in {JOURNALS}\n")
+
+
+def deliver_all() -> int:
+    """Deliver what the journals hold; returns how many are still being written."""
+    pending = sorted(JOURNALS.glob("*.jsonl"))
+    if not pending:
+        return 0
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI))
+    still_open = 0
+    for path in pending:
+        try:
+            ended = _deliver(client, path)
+        except (MlflowException, OSError) as error:
+            sys.stderr.write(
+                f"tracking: {path.name} was not delivered, got {error}; "
+                "`python -m stages.tracking` tries again\n"
+            )
+            return 0
+        if ended:
+            DELIVERED.mkdir(exist_ok=True)
+            path.rename(DELIVERED / path.name)
+        else:
+            still_open += 1
+    return still_open
+
+
+def _deliver(client: "MlflowClient", path: Path) -> bool:
+    """Log a journal; returns whether it has ended. Logging a journal twice changes nothing."""
+    alive = _is_locked(path)
+    # A line without its newline is still being written, or was when its writer died.
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    events: list[Event] = [json.loads(line) for line in lines]
+    if not events:
+        return not alive
+    head, rest = events[0], events[1:]
+    if head["kind"] == "evaluation":
+        _deliver_evaluation(client, head)
+        return True
+    run = _find(client, head["recipe"], "prefopt.journal", path.stem) or _create(client, path, head)
+    _log_metrics(client, run.info.run_id, rest)
+    end = next((event for event in rest if "end" in event), None)
+    if end is None and alive:
+        return False
+    for event in rest:
+        if "logratios" in event:
+            client.set_tag(run.info.run_id, "prefopt.logratios", event["logratios"])
+    status = "FAILED" if end is None else end["end"]
+    last = events[-1]["time"]
+    client.set_terminated(run.info.run_id, status=status, end_time=last)
+    return True
+
+
+def _create(client: "MlflowClient", path: Path, head: Event) -> "Run":
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    tags = {
+        **head["tags"],
+        "mlflow.runName": head["run"],
+        "prefopt.run": head["run"],
+        "prefopt.journal": path.stem,
+    }
+    run = client.create_run(
+        _experiment(client, head["recipe"]), start_time=head["time"], tags=tags, run_name=head["run"]
+    )
+    client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in head["params"].items()])
+    client.log_inputs(
+        run.info.run_id,
+        [
+            # MLflow takes digests of at most 36 characters.
+            DatasetInput(
+                Dataset(name, sha256[:36], "local", f"artefacts/{name}.parquet"),
+                [InputTag("mlflow.data.context", "training")],
+            )
+            for name, sha256 in head["datasets"].items()
+        ],
+    )
+    return run
+
+
+def _deliver_evaluation(client: "MlflowClient", head: Event) -> None:
+    run = _find(client, head["recipe"], "prefopt.logratios", head["logratios"])
+    if run is None:
+        # The training was restored from DVC's cache, made by another machine's MLflow.
+        tags = {
+            **head["tags"],
+            "mlflow.runName": head["run"],
+            "prefopt.run": head["run"],
+            "prefopt.logratios": head["logratios"],
+        }
+        experiment = _experiment(client, head["recipe"])
+        run = client.create_run(experiment, start_time=head["time"], tags=tags)
+        client.set_terminated(run.info.run_id, end_time=head["time"])
+    _log_metrics(client, run.info.run_id, [{**head, "step": 0}])
+
+
+def _log_metrics(client: "MlflowClient", run_id: str, events: list[Event]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(key, value, event["time"], event["step"])
+        for event in events
+        if "metrics" in event
+        for key, value in event["metrics"].items()
+    ]
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+
+
+def _experiment(client: "MlflowClient", recipe: str) -> str:
+    found = client.get_experiment_by_name(recipe)
+    return found.experiment_id if found else client.create_experiment(recipe)
+
+
+def _find(client: "MlflowClient", recipe: str, tag: str, value: str) -> "Run | None":
+    runs = client.search_runs(
+        [_experiment(client, recipe)],
+        f"tags.`{tag}` = '{value}'",
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    return runs[0] if runs else None
+
+
+def _is_locked(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _start_courier() -> None:
+    with open(JOURNALS / "courier.log", "a") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "stages.tracking", "--follow"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _provenance() -> dict[str, str]:
+    """Tags that tie a record to the commit, the DVC stage and the flow run that made it."""
+    git = ["git", "-c", "core.quotepath=off"]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    # What DVC itself writes while it runs does not make a tree dirty.
+    status = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "git.commit": commit.stdout.strip() or "none",
+        "git.dirty": str(bool(status.stdout.strip())).lower(),
+        "dvc.stage": os.environ.get("DVC_STAGE", "none"),
+        "prefect.flow_run_id": os.environ.get("PREFOPT_FLOW_RUN_ID", "none"),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The flow against a real server and real projects of DVC: it is `dvc repro`, run otherwise."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.graph import read_plan
+from flows.supervise import Supervisor, last_state
+
+PROJECT = Path(__file__).parents[1]
+RUNS = ("a", "b", "c")
+
+DVC_YAML = """\
+stages:
+  prepare:
+    cmd: python stage.py prepare data.txt prepared.txt
+    deps: [data.txt, stage.py]
+    outs: [prepared.txt]
+  train:
+    foreach: ${runs}
+    do:
+      cmd: python stage.py train@${key} prepared.txt models/${key}.txt
+      params: ["runs.${key}"]
+      deps:
+        - prepared.txt
+      outs:
+        - models/${key}.txt
+  evaluate:
+    foreach: ${runs}
+    do:
+      cmd: python stage.py evaluate@${key} models/${key}.txt metrics/${key}.txt
+      deps:
+        - models/${key}.txt
+      outs:
+        - metrics/${key}.txt
+  report:
+    cmd: python stage.py report metrics/a.txt report.txt
+    deps: [metrics]
+    outs: [report.txt]
+"""
+
+# The earlier of two runs takes longer, so that the flow ends them in another order than DVC.
+STAGE = """\
+import pathlib, sys, time
+name, source, target = sys.argv[1:]
+with open(".dvc/tmp/executed", "a") as file:
+    file.write(name + "\\n")
+sys.stderr.write("0 of 2\\r1 of 2\\r2 of 2\\n")
+if name == "train@a":
+    time.sleep(5)
+text = pathlib.Path(source).read_text()
+if "train" in name and "fail" in pathlib.Path("params.yaml").read_text().split(name[-1] + ":")[1].split()[0]:
+    sys.exit("the loss is not finite")
+pathlib.Path(target).parent.mkdir(exist_ok=True)
+pathlib.Path(target).write_text(text + name + "\\n")
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server that `python -m flows.pipeline` starts, with its settings and its client's."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith("PREFECT_")]:
+            patch.delenv(key)
+        patch.setenv("PREFECT_HOME", str(home))
+        from flows.server import own_server
+
+        with own_server(home) as url:
+            yield url
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return new_project(tmp_path / "flow", b="1")
+
+
+def new_project(directory: Path, *, b: str) -> Path:
+    directory.mkdir()
+    (directory / "dvc.yaml").write_text(DVC_YAML)
+    (directory / "stage.py").write_text(STAGE)
+    (directory / "data.txt").write_text("data\n")
+    (directory / "params.yaml").write_text(f"runs:\n  a: 1\n  b: {b}\n  c: 1\n")
+    run(directory, "git", "init", "--quiet")
+    run(directory, sys.executable, "-m", "dvc", "init", "--quiet")
+    return directory
+
+
+def run(directory: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return subprocess.run(
+        command,
+        cwd=directory,
+        env={**kept, "PATH": path, "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def run_flow(directory: Path, server: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        directory,
+        *(sys.executable, "-m", "flows.pipeline"),
+        PYTHONPATH=str(PROJECT),
+        PREFECT_API_URL=server,
+        PREFECT_HOME=str(directory.parent / "home"),
+    )
+
+
+def executed(directory: Path) -> list[str]:
+    return (directory / ".dvc/tmp/executed").read_text().split()
+
+
+def api(server: str, what: str, **body: Any) -> list[dict[str, Any]]:
+    import httpx
+
+    answer = httpx.post(f"{server}/{what}/filter", json=body, trust_env=False)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def last_flow_run(server: str) -> dict[str, Any]:
+    return api(server, "flow_runs", sort="START_TIME_DESC", limit=1)[0]
+
+
+def task_runs(server: str) -> dict[str, dict[str, Any]]:
+    ids = {"id": {"any_": [last_flow_run(server)["id"]]}}
+    return {one["name"]: one for one in api(server, "task_runs", flow_runs=ids)}
+
+
+def log_of(server: str, task_run: str) -> list[str]:
+    """The messages of a task run; the server may lag behind the flow's end."""
+    where = {"task_run_id": {"any_": [task_run]}}
+    deadline = time.monotonic() + 30
+    while not (lines := api(server, "logs", logs=where, sort="TIMESTAMP_ASC")):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return [line["message"] for line in lines]
+
+
+def test_the_flow_leaves_the_lock_that_dvc_repro_leaves_and_then_has_nothing_to_do(
+    tmp_path: Path, project: Path, server: str
+) -> None:
+    serial = Path(shutil.copytree(project, tmp_path / "serial"))
+    assert run(serial, sys.executable, "-m", "dvc", "repro").returncode == 0
+
+    flow = run_flow(project, server)
+
+    assert flow.returncode == 0, flow.stderr
+    assert (project / "dvc.lock").read_bytes() == (serial / "dvc.lock").read_bytes()
+    assert (project / "report.txt").read_text() == (serial / "report.txt").read_text()
+    assert sorted(executed(project)) == sorted(executed(serial))
+    # The order of the ends was not the serial one, or the test would show nothing.
+    assert executed(project).index("train@b") < executed(project).index("evaluate@a")
+    runs = task_runs(server)
+    assert set(runs) == set(executed(project))
+    lines = log_of(server, runs["train@b"]["id"])
+    assert "Running stage 'train@b':" in lines
+    assert "2 of 2" in lines
+    assert "0 of 2" not in "".join(lines)
+
+    again = run_flow(project, server)
+
+    assert again.returncode == 0, again.stderr
+    assert sorted(executed(project)) == sorted(executed(serial))
+    assert task_runs(server) == {}
+    assert (project / "dvc.lock").read_bytes() == (serial / "dvc.lock").read_bytes()
+
+
+def test_a_failing_run_stops_only_what_depends_on_it(tmp_path: Path, server: str) -> None:
+    project = new_project(tmp_path / "flow", b="fail")
+    serial = Path(shutil.copytree(project, tmp_path / "serial"))
+    run(serial, sys.executable, "-m", "dvc", "repro", "--keep-going")
+
+    flow = run_flow(project, server)
+
+    assert flow.returncode == 1, flow.stderr
+    state = last_flow_run(server)["state"]
+    assert state["type"] == "FAILED"
+    assert state["message"] == "failed: train@b; not reached: evaluate@b, report"
+    runs = task_runs(server)
+    assert {name for name, one in runs.items() if one["state_type"] == "COMPLETED"} == {
+        *("prepare", "train@a", "evaluate@a", "train@c", "evaluate@c")
+    }
+    assert runs["train@b"]["run_count"] == 1  # No retry: it would fail again.
+    assert "the loss is not finite" in log_of(server, runs["train@b"]["id"])
+    assert (project / "dvc.lock").read_bytes() == (serial / "dvc.lock").read_bytes()
+    assert (project / "metrics/c.txt").exists()
+
+
+def test_the_plan_goes_as_dvc_goes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    plan = read_plan()
+    assert plan.outdated == set(plan.order)
+    assert plan.needs["report"] == {f"evaluate@{run}" for run in RUNS}
+    assert plan.ready(plan.outdated, []) == ["prepare"]
+    assert plan.ready(plan.outdated - {"prepare"}, ["prepare"]) == [f"train@{r}" for r in RUNS]
+
+
+def test_what_ends_a_command_ends_its_whole_group(tmp_path: Path) -> None:
+    shell, grandchild = start_family(tmp_path, Supervisor())
+    assert is_alive(shell)
+    assert is_alive(grandchild)
+
+
+def test_a_progress_bar_is_logged_as_its_last_state() -> None:
+    assert last_state(b"  0%|  \r 50%|# \r100%|##\r\n") == "100%|##"
+    assert last_state(b"a line\n") == "a line"
+    assert last_state(b"\n") == ""
