@@ -21,9 +21,7 @@ def prefopt() -> None:
 
 @app.command()
 def repro(
-    recipe: Annotated[
-        str, typer.Option(help="lay recipes/NAME.yaml over params.yaml first")
-    ] = "",
+    recipe: Annotated[str, typer.Option(help="lay recipes/NAME.yaml over params.yaml first")] = "",
 ) -> None:
     """Run what `dvc repro` finds to be out of date, then show the result table and the report."""
     if recipe:
@@ -51,7 +49,7 @@ def _show_results(times: list[tuple[str, float]]) -> None:
         for stage, seconds in times:
             typer.echo(f"{seconds:8.1f}  {stage}")
         typer.echo(f"{sum(seconds for _, seconds in times):8.1f}  in all, imports excluded")
-    typer.echo("\n" + Path("artefacts/report/results.md").read_text())
+    typer.echo("\n" + Path("artefacts/report/results.txt").read_text())
     typer.echo(f"report: {stamped.stdout.strip()}")
 
 

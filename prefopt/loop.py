@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-Metrics = dict[str, float]
+Metrics = dict[str, int | float]  # int: the step
 Objective = Callable[[int], Iterable[tuple[Tensor, Metrics]]]
 Schedule = Literal["constant", "linear", "cosine"]
 

@@ -128,7 +128,9 @@ class Params(Strict):
                 f"{judges}; add it, and one judge that never labels"
             )
         if len(set(judges)) != len(judges):
-            raise ValueError(f"evaluation.judges: names a judge twice, got {judges}; name each once")
+            raise ValueError(
+                f"evaluation.judges: names a judge twice, got {judges}; name each once"
+            )
         if "sft" in self.runs:
             raise ValueError("runs.sft: 'sft' is the reference's own name, got a run; rename it")
         return self
@@ -201,6 +203,10 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML, got {error}; mend that line") from error
+
+
+def dump_yaml(tree: Any) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
 def bind(params: Params, name: str) -> Run:

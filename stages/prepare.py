@@ -33,18 +33,24 @@ def main() -> None:
     inputs = [CHECKED] if data.source == "reviews" else [CHECKED, Path(data.source)]
     relevant = {"base": params.base, "data": data.model_dump(), "seed": params.compute.seed}
     with stage("prepare", inputs=inputs, outputs=[PROMPTS], params=relevant) as workspace:
-        texts = list(read_reviews(data.prompt_words) if data.source == "reviews" else read_jsonl(data))
+        texts = list(
+            read_reviews(data.prompt_words) if data.source == "reviews" else read_jsonl(data)
+        )
         texts = first_of_each_prompt(texts)
         random.Random(params.compute.seed).shuffle(texts)
         split = splits(len(texts), data)
         texts = texts[-len(split) :]
         tokenizer = models.load_tokenizer(params.base)
         context = models.load_config(params.base).max_position_embeddings
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        bos = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        )
 
         def ids(column: list[str]) -> list[list[int]]:
             # Control tokens written out in a text stay text.
-            return tokenizer(column, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return tokenizer(column, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
 
         def completion_ids(column: list[str]) -> list[list[int]]:
             rows = [[*row, tokenizer.eos_token_id] for row in ids(column)]
@@ -125,7 +131,9 @@ def parse(line: str, where: str) -> Text:
         )
     for name in sorted(names):
         if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"{where}: empty {name}, got {row[name]!r}; give text or drop the line")
+            raise ValueError(
+                f"{where}: empty {name}, got {row[name]!r}; give text or drop the line"
+            )
     if "completion" in row:
         return Text(where, row["prompt"], row["completion"])
     if row["chosen"] == row["rejected"]:

@@ -5,7 +5,6 @@ a block is a completion of its first token. Killed at any time, the same command
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -19,12 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefopt.generation import sample
 from prefopt.loop import Checkpoints, Metrics, Optimisation, fit
 from prefopt.packing import steps_of_rows
 from prefopt.scoring import Row, token_logps
 from stages.models import DTYPES, save
 from stages.params import Pretrain, load_pretrain
 
+OPENINGS = ["This movie", "The acting", "I watched this", "A film about", "The worst part"]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -61,19 +62,18 @@ def main() -> None:
     ).eval()
     train(policy, stream, recipe, Checkpoints(work / "checkpoints", every=recipe.checkpoint_every))
 
-    bits = bits_per_byte(policy, held_out, tokenizer, recipe)
-    policy.generation_config.eos_token_id = tokenizer.eos_token_id
-    save(policy.to(torch.bfloat16), tokenizer, arguments.out)
-    policy.float()
     figures = {
         "parameters": sum(p.numel() for p in policy.parameters()),
-        "training_reviews": len(training),
-        "held_out_reviews": len(held_out),
-        "training_tokens_seen": recipe.num_steps * recipe.batch_size * recipe.context,
-        "bits_per_byte": bits,
+        "reviews trained on": len(training),
+        "tokens seen": recipe.num_steps * recipe.batch_size * recipe.context,
+        "held-out reviews": len(held_out),
+        "bits per byte on held-out reviews": bits_per_byte(policy, held_out, tokenizer, recipe),
     }
-    (arguments.out / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    samples = sampled(policy, tokenizer, recipe)
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    save(policy.to(torch.bfloat16), tokenizer, arguments.out)
+    card = model_card(arguments.recipe, recipe, figures, samples)
+    (arguments.out / "README.md").write_text(card)
 
 
 def read_texts(source: str, column: str) -> list[str]:
@@ -153,12 +153,12 @@ def train(
     with tqdm(total=recipe.num_steps, desc="pretrain", unit="step", mininterval=20) as bar:
 
         def log(metrics: Metrics) -> None:
-            bar.set_postfix(nats=f"{metrics['loss']:.3f}", hours=(time.monotonic() - started) / 3600)
+            bar.set_postfix(
+                nats=f"{metrics['loss']:.3f}", hours=(time.monotonic() - started) / 3600
+            )
             bar.update()
 
-        fit(
-            policy, objective, recipe.num_steps, optimisation, log=log, checkpoints=checkpoints
-        )
+        fit(policy, objective, recipe.num_steps, optimisation, log=log, checkpoints=checkpoints)
 
 
 def block_row(block: np.ndarray) -> Row:
@@ -184,6 +184,68 @@ def bits_per_byte(
             row = Row(prompt=[tokenizer.bos_token_id], completion=ids[start : start + window])
             nats -= token_logps(policy, [row])[0].sum().item()
     return nats / math.log(2) / num_bytes
+
+
+def sampled(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Pretrain
+) -> list[str]:
+    """The first samples of fixed openings, none left out."""
+    prompts = [
+        [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for text in OPENINGS
+    ]
+    completions = sample(
+        policy,
+        prompts,
+        [recipe.seed + row for row in range(len(prompts))],
+        max_new_tokens=60,
+        temperature=0.8,
+        eos=tokenizer.eos_token_id,
+        batch_size=len(prompts),
+        progress=lambda _: None,
+    )
+    return [
+        opening + tokenizer.decode(completion, skip_special_tokens=True)
+        for opening, completion in zip(OPENINGS, completions, strict=True)
+    ]
+
+
+def model_card(path: Path, recipe: Pretrain, figures: dict[str, float], samples: list[str]) -> str:
+    numbers = "\n".join(
+        f"| {name} | {f'{value:.4f}' if isinstance(value, float) else f'{value:,}'} |"
+        for name, value in figures.items()
+    )
+    quoted = "\n\n".join("> " + " ".join(text.split()) for text in samples)
+    return f"""---
+license: mit
+language: en
+library_name: transformers
+---
+
+# The base of the default recipe
+
+A small causal LM of English movie reviews: Llama architecture, {recipe.num_layers} layers of width
+{recipe.hidden_size}, {recipe.vocab_size:,} byte-level BPE tokens, context {recipe.context}, weights in
+bfloat16. It exists to be fine-tuned and aligned in minutes on a CPU; it knows nothing but how
+reviews sound, repeats their opinions and prejudices, and is of no other use.
+
+| | |
+|---|---|
+{numbers}
+| seed | {recipe.seed} |
+
+Data: the IMDB Large Movie Review Dataset v1.0 (Maas et al., ACL 2011), `{recipe.data}`, training and
+test reviews together, labels unused; {recipe.num_held_out} reviews held out. Tokenizer and weights are
+this project's own work. Made by
+
+    python -m stages.pretrain {path}
+
+## Samples
+
+The first sample of each opening at temperature 0.8, unedited but for line breaks.
+
+{quoted}
+"""
 
 
 if __name__ == "__main__":

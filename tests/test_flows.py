@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ sys.stderr.write("0 of 2\\r1 of 2\\r2 of 2\\n")
 if name == "train@a":
     time.sleep(5)
 text = pathlib.Path(source).read_text()
-if "train" in name and "fail" in pathlib.Path("params.yaml").read_text().split(name[-1] + ":")[1].split()[0]:
+params = pathlib.Path("params.yaml").read_text()
+if name.startswith("train") and f"{name[-1]}: fail" in params:
     sys.exit("the loss is not finite")
 pathlib.Path(target).parent.mkdir(exist_ok=True)
 pathlib.Path(target).write_text(text + name + "\\n")
@@ -196,6 +197,8 @@ def test_a_failing_run_stops_only_what_depends_on_it(tmp_path: Path, server: str
     assert (project / "metrics/c.txt").exists()
 
 
+# DVC, by way of pygtrie.
+@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 def test_the_plan_goes_as_dvc_goes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     plan = read_plan()
@@ -205,10 +208,70 @@ def test_the_plan_goes_as_dvc_goes(project: Path, monkeypatch: pytest.MonkeyPatc
     assert plan.ready(plan.outdated - {"prepare"}, ["prepare"]) == [f"train@{r}" for r in RUNS]
 
 
-def test_what_ends_a_command_ends_its_whole_group(tmp_path: Path) -> None:
-    shell, grandchild = start_family(tmp_path, Supervisor())
-    assert is_alive(shell)
-    assert is_alive(grandchild)
+# A shell does not pass signals on: its child is told by nobody but the keeper.
+FAMILY = "sleep 600 & echo $! > grandchild; echo $$ > shell; wait; true"
+
+
+def family(directory: Path) -> list[int]:
+    """The process ids of the shell and the grandchild, once they are there."""
+    files = [directory / "shell", directory / "grandchild"]
+    wait_until(lambda: all(file.exists() and file.read_text().strip() for file in files))
+    return [int(file.read_text()) for file in files]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_end_of_a_supervisor_ends_the_whole_group_of_its_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Supervisor() as supervisor:
+        process = supervisor.start(["sh", "-c", FAMILY], os.environ, subprocess.DEVNULL)
+        members = family(tmp_path)
+        assert all(is_alive(member) for member in members)
+    assert process.returncode is not None
+    assert not any(is_alive(member) for member in members)
+
+
+def test_the_end_of_a_command_ends_what_it_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    orphaning = FAMILY.replace("wait; true", "echo done; exit 3")
+    with Supervisor() as supervisor:
+        status = supervisor.run(["sh", "-c", orphaning], os.environ, lines.append)
+    assert status == 3
+    assert lines == ["done"]
+    assert not any(is_alive(member) for member in family(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of the death")
+def test_a_killed_supervisor_takes_its_commands_with_it(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from flows.supervise import Supervisor; "
+        "Supervisor().run(['sh', '-c', sys.argv[1]], os.environ, str)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, FAMILY], cwd=tmp_path, env=environment
+    ) as flow:
+        members = family(tmp_path)
+        flow.kill()
+    wait_until(lambda: not any(is_alive(member) for member in members))
 
 
 def test_a_progress_bar_is_logged_as_its_last_state() -> None:

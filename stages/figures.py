@@ -1,0 +1,265 @@
+"""The report's figures: the same bytes for the same results, on light and dark pages."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
+
+from stages.params import Params
+from stages.results import OPPONENTS, Reference, Result
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+# Where a point's name may stand, in points from it: at its corners first, then farther out.
+DIRECTIONS = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)]
+LABEL_OFFSETS = [(x * far, y * far) for far in (7, 13, 22, 34, 50, 70) for x, y in DIRECTIONS]
+# The figures' other colours, and the page's names for them: inline they follow light and dark.
+INK, MUTED, GRID, PAPER = "#1f2430", "#69707d", "#e2e5ea", "#fffffe"
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--card)"}
+FIGURE_FONT = "DejaVu Sans"  # comes with matplotlib, so that layouts are the same everywhere
+FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+STYLE_OF_FIGURES: "dict[RcKeyType, Any]" = {
+    "svg.hashsalt": "prefopt",
+    "svg.fonttype": "none",
+    "font.family": FIGURE_FONT,
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "figure.facecolor": PAPER,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": INK,
+    "ytick.left": False,
+    "legend.frameon": False,
+}
+
+
+def draw(
+    directory: Path, params: Params, results: Sequence[Result], reference: Reference
+) -> list[str]:
+    """Write every figure as an SVG file; returns their names."""
+    with rc_context(STYLE_OF_FIGURES):
+        drawn = {
+            "win_rates": draw_win_rates(params, results),
+            "reward_kl": draw_reward_kl(params, results, reference),
+            "displacement": draw_displacement(results),
+            "curves": draw_curves(results),
+        }
+        for name, figure in drawn.items():
+            save(figure, directory / f"{name}.svg")
+    return list(drawn)
+
+
+def draw_win_rates(params: Params, results: Sequence[Result]) -> Figure:
+    judges = params.evaluation.judges
+    figure = new_figure(max(8.8, 1.6 + 3.6 * len(judges)), 1.2 + 0.5 * len(results))
+    grid = figure.subplots(len(OPPONENTS), len(judges), sharex=True, sharey=True, squeeze=False)
+    for row, opponent in zip(grid, OPPONENTS, strict=True):
+        for axes, judge in zip(row, judges, strict=True):
+            rows_of_runs(axes, results)
+            axes.axvline(0.5, color=MUTED, linewidth=1)
+            for place, result in enumerate(results):
+                rate = result.metrics["win_rate"][opponent][judge]
+                axes.hlines(place, rate["low"], rate["high"], color=result.colour, linewidth=2)
+                axes.plot(rate["value"], place, marker=result.marker, color=result.colour)
+            gold = ", the gold reward" if judge == params.label.reward else ""
+            axes.set_title(f"over {OPPONENTS[opponent]}, by {judge}{gold}")
+    for axes in grid[-1]:
+        axes.set_xlabel("win rate")
+    return figure
+
+
+def draw_reward_kl(params: Params, results: Sequence[Result], reference: Reference) -> Figure:
+    figure = new_figure(8.2, 4.6)
+    axes = figure.subplots()
+    axes.grid(True)
+    axes.axhline(reference.gold_reward, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    points = [(0.0, reference.reward, "SFT")]
+    bars: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    axes.plot(*points[0][:2], marker="o", markersize=9, color=INK, fillstyle="none")
+    for result in results:
+        rewards, _ = result.rewards("sft", params.label.reward)
+        error = np.std(rewards, ddof=1) / len(rewards) ** 0.5
+        x, y = result.metrics["kl"], result.metrics["reward"]
+        spread = result.metrics["kl_standard_error"]
+        axes.errorbar(
+            x, y, xerr=spread, yerr=error, color=result.colour, elinewidth=1,
+            marker=result.marker, markersize=8,
+        )  # fmt: skip
+        points.append((x, y, result.name))
+        bars += [((x - spread, y), (x + spread, y)), ((x, y - error), (x, y + error))]
+    axes.margins(0.12)
+    axes.set_xlabel("KL(policy || reference), nats a completion")
+    axes.set_title(f"mean reward by {params.label.reward}", fontweight="normal", color=MUTED)
+    axes.text(
+        axes.get_xlim()[1], reference.gold_reward, "gold ", ha="right", va="bottom", color=MUTED
+    )
+    label_points(axes, points, bars)
+    return figure
+
+
+def label_points(
+    axes: Axes,
+    points: Sequence[tuple[float, float, str]],
+    bars: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+) -> None:
+    """Write each point's name at the nearest place around it that is still free."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what is measured here must not move again
+    pixels = figure.dpi / 72
+    anchors = [axes.transData.transform(point[:2]) for point in points]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12).padded(pixels) for x, y in anchors]
+    taken += [Bbox(axes.transData.transform(bar)).padded(pixels) for bar in bars]
+    taken += [text.get_window_extent() for text in axes.texts]
+    for (x, y, name), anchor in zip(points, anchors, strict=True):
+        label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points")
+        size = label.get_window_extent().size
+        label.remove()
+        places: dict[tuple[int, int], Bbox] = {}
+        for offset in LABEL_OFFSETS:
+            # Left of its point a text ends there, above it stands on its place, and so on.
+            corner = anchor + pixels * np.array(offset) + (np.sign(offset) - 1) / 2 * size
+            places[offset] = Bbox([corner, corner + size])
+        offset = min(
+            LABEL_OFFSETS, key=lambda o: badness(places[o], anchor, anchors, taken, axes.bbox)
+        )
+        taken.append(places[offset])
+        far = max(map(abs, offset)) > LABEL_OFFSETS[len(DIRECTIONS)][0]
+        axes.annotate(
+            name,
+            (x, y),
+            offset,
+            textcoords="offset points",
+            ha=("right", "center", "left")[int(np.sign(offset[0])) + 1],
+            va=("top", "center", "bottom")[int(np.sign(offset[1])) + 1],
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.7} if far else None,
+        )
+
+
+def badness(
+    place: Bbox, anchor: Any, anchors: Sequence[Any], taken: Sequence[Bbox], frame: Bbox
+) -> int:
+    """Texts, points and bars under a label, and points that it is nearer to than to its own."""
+
+    def distance(point: Any) -> float:
+        return float(np.linalg.norm(np.clip(point, place.min, place.max) - point))
+
+    outside = frame.padded(1).count_contains(place.corners()) < 4
+    covered = sum(place.overlaps(other) for other in taken)
+    # A far label has a line to its point, so that only near ones can be taken for another's.
+    near = distance(anchor) < 30
+    confusing = near and any(distance(other) < distance(anchor) for other in anchors)
+    return covered + confusing + 100 * outside
+
+
+def draw_displacement(results: Sequence[Result]) -> Figure:
+    figure = new_figure(8.8, 1.4 + 0.3 * len(results))
+    medians, shares = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    panels: list[tuple[Axes, str, str, str]] = [
+        (medians, "median_rejected", "median_chosen", "median log-ratio, nats"),
+        (shares, "both_fell", "chosen_fell", "share of pairs"),
+    ]
+    for axes, hollow, full, unit in panels:
+        rows_of_runs(axes, results)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        for place, result in enumerate(results):
+            values = result.metrics["displacement"]
+            colour, marker = result.colour, result.marker
+            axes.hlines(place, values[hollow], values[full], color=colour, linewidth=2, alpha=0.5)
+            axes.plot(values[full], place, marker=marker, color=colour, markersize=7)
+            axes.plot(
+                values[hollow], place, marker=marker, color=colour, markersize=7,
+                markerfacecolor=PAPER, markeredgewidth=1.6,
+            )  # fmt: skip
+        axes.set_xlabel(unit)
+    medians.set_title("full: chosen, hollow: rejected")
+    shares.set_title("full: chosen fell, hollow: both fell")
+    shares.set_xlim(-0.03, 1.03)
+    return figure
+
+
+def draw_curves(results: Sequence[Result]) -> Figure:
+    panels = {
+        "loss": "loss",
+        "rewards/margins": "margin of implicit rewards",
+        "rewards/accuracies": "accuracy of implicit rewards",
+    }
+    figure = new_figure(9.4, 0.6 + 0.85 * len(results))
+    grid = figure.subplots(len(results), len(panels), sharex="col", squeeze=False)
+    for row, result in zip(grid, results, strict=True):
+        for axes, (column, title) in zip(row, panels.items(), strict=True):
+            values = result.curve[column]
+            start = {"loss": values[0], "rewards/margins": 0.0, "rewards/accuracies": 0.5}[column]
+            axes.axhline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.plot(result.curve["step"], values, color=result.colour, linewidth=1.5)
+            axes.grid(True, axis="y")
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.tick_params(axis="y", labelcolor=MUTED, labelsize=7.5)
+            if column == "rewards/accuracies":
+                axes.set_ylim(-0.05, 1.05)
+                axes.set_yticks([0, 0.5, 1])
+            if result is results[0]:
+                axes.set_title(title)
+            if result is results[-1]:
+                axes.set_xlabel("step")
+        row[0].set_ylabel(
+            result.name, rotation=0, ha="right", va="center", color=INK, fontweight="bold"
+        )
+    figure.align_ylabels(grid[:, 0])
+    return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def rows_of_runs(axes: Axes, results: Sequence[Result]) -> None:
+    """One row a run, first on top, a rule behind each."""
+    axes.set_yticks(range(len(results)), [result.name for result in results])
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.grid(True)
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    # Laid out with matplotlib's font, read in the reader's own, which is narrower.
+    path.write_text(path.read_text().replace(f"'{FIGURE_FONT}'", FONTS))
+
+
+def inline(path: Path, name: str) -> Markup:
+    """A figure as part of the page: the page's colours, its own names, no fixed size."""
+    text = path.read_text()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(?<= )(id="|(?:xlink:)?href="#|clip-path="url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    for colour, variable in THEME.items():
+        text = text.replace(colour, variable)
+    return Markup(text)

@@ -1,0 +1,145 @@
+"""Laws of labelling: which candidates become a pair, and with what preference."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import judges, label
+from stages.artefacts import (
+    CANDIDATES,
+    CANDIDATES_SCHEMA,
+    COMPLETIONS,
+    COMPLETIONS_SCHEMA,
+    PAIRS,
+    PAIRS_SCHEMA,
+    PROMPTS,
+    PROMPTS_SCHEMA,
+    read_table,
+    write_table,
+)
+from stages.params import Label
+
+TEXTS = [" a great and wonderful film", " a good film", " a film", " a bad film", " a horrible mess"]
+
+
+def candidates_of(groups: list[list[str]]) -> dict[str, list[Any]]:
+    rows = [(prompt, text) for prompt, group in enumerate(groups) for text in group]
+    return {
+        "prompt": [prompt for prompt, _ in rows],
+        "text": [text for _, text in rows],
+        "tokens": [[*text.encode()] for _, text in rows],
+    }
+
+
+def prompts_of(count: int, **columns: list[Any]) -> dict[str, list[Any]]:
+    return {
+        "split": ["train"] * count,
+        "text": [f"review {i}:" for i in range(count)],
+        "tokens": [[0, i] for i in range(count)],
+        "gold": ["gold"] * count,
+        "gold_tokens": [[7, 1]] * count,
+        "rejected": [""] * count,
+        "rejected_tokens": [[]] * count,
+    } | columns
+
+
+def judged(groups: list[list[str]], method: str, scale: float = 1.0, seed: int = 0) -> Any:
+    settings = Label(method=method, reward="vader", scale=scale)
+    return label.judged(prompts_of(len(groups)), candidates_of(groups), settings, seed)
+
+
+def test_the_best_goes_against_the_worst_of_its_own_prompt() -> None:
+    groups = [list(group) for group in itertools.permutations(TEXTS, 3)]
+    pairs, reward = judged(groups, "best_against_worst"), judges.reward("vader")
+    assert len(pairs["chosen"]) == len(groups)
+    for number, group in enumerate(groups):
+        rewards = [reward(f"review {number}:" + text) for text in group]
+        assert pairs["chosen"][number] == 3 * number + rewards.index(max(rewards))
+        assert pairs["rejected"][number] == 3 * number + rewards.index(min(rewards))
+    assert set(pairs["preference"]) == {1.0}
+
+
+@pytest.mark.parametrize("method", ["best_against_worst", "bradley_terry"])
+def test_ties_give_no_pair(method: str) -> None:
+    pairs = judged([[" same", " same"], [" a film", " a movie"], TEXTS[:2]], method)
+    assert {*pairs["chosen"], *pairs["rejected"]} == {4, 5}
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_bradley_terry_prefers_as_often_as_the_sigmoid_says(scale: float) -> None:
+    count = 4000
+    pairs = judged([[TEXTS[1], TEXTS[3]]] * count, "bradley_terry", scale)
+    reward = judges.reward("vader")
+    gap = reward("review 0:" + TEXTS[1]) - reward("review 0:" + TEXTS[3])
+    expected = 1 / (1 + math.exp(-gap / scale))
+    good_won = [chosen % 2 == 0 for chosen in pairs["chosen"]]
+    share = sum(good_won) / count
+    assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / count))
+    for won, preference in zip(good_won, pairs["preference"], strict=True):
+        assert preference == pytest.approx(expected if won else 1 - expected, rel=1e-9)
+
+
+def test_a_tiny_scale_always_prefers_the_better() -> None:
+    pairs = judged([[TEXTS[0], TEXTS[4]]] * 50, "bradley_terry", scale=1e-6)
+    assert all(chosen % 2 == 0 for chosen in pairs["chosen"])
+    assert set(pairs["preference"]) == {1.0}
+
+
+def test_bradley_terry_is_a_function_of_the_seed() -> None:
+    groups = [TEXTS] * 30
+    assert judged(groups, "bradley_terry") == judged(groups, "bradley_terry")
+    assert judged(groups, "bradley_terry") != judged(groups, "bradley_terry", seed=1)
+
+
+def test_given_pairs_are_those_of_the_training_split() -> None:
+    prompts = prompts_of(
+        4,
+        split=["train", "test", "train", "train"],
+        gold_tokens=[[10], [11], [12], [13]],
+        rejected=["no", "no", "", "no"],
+        rejected_tokens=[[20], [21], [], [23]],
+    )
+    completions, pairs = label.given(prompts)
+    sides = [
+        (completions["prompt"][w], completions["completion"][w], completions["completion"][r])
+        for w, r in zip(pairs["chosen"], pairs["rejected"], strict=True)
+    ]
+    assert sides == [([0, 0], [10], [20]), ([0, 3], [13], [23])]
+    assert pairs["preference"] == [1.0, 1.0]
+
+
+def write_inputs(groups: list[list[str]]) -> None:
+    PROMPTS.parent.mkdir()
+    write_table(PROMPTS, prompts_of(len(groups)), PROMPTS_SCHEMA)
+    write_table(CANDIDATES, candidates_of(groups), CANDIDATES_SCHEMA)
+
+
+def test_pairs_point_at_rows_of_completions(
+    workplace: Path, write_params: Callable[..., Any]
+) -> None:
+    write_params()
+    write_inputs([TEXTS[:3], TEXTS[2:]])
+    label.main()
+    completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
+    pairs = read_table(PAIRS, PAIRS_SCHEMA)
+    found = [
+        (bytes(completions["completion"][w]).decode(), bytes(completions["completion"][r]).decode())
+        for w, r in zip(pairs["chosen"], pairs["rejected"], strict=True)
+    ]
+    assert found == [(TEXTS[0], TEXTS[2]), (TEXTS[2], TEXTS[4])]
+    assert [completions["prompt"][w] for w in pairs["chosen"]] == [[0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("method", ["best_against_worst", "given"])
+def test_no_pair_at_all_is_refused(
+    workplace: Path, write_params: Callable[..., Any], method: str
+) -> None:
+    write_params(**{"label.method": method})
+    write_inputs([[" same", " same"]])
+    with pytest.raises(ValueError, match="label: no pair was found, got 1 prompts and 2 candidates"):
+        label.main()
+    assert not PAIRS.exists()

@@ -1,0 +1,204 @@
+"""Laws of params.yaml: what a person writes wrong is refused with its place, value and remedy."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROJECT, shipped_params
+
+from prefopt.batches import Pairs, Scored
+from prefopt.losses import LOSSES
+from prefopt.losses.pairwise import dpo, f_dpo
+from stages.params import bind, check_runs, load_params, load_pretrain, read_yaml
+
+Write = Callable[..., dict[str, Any]]
+
+
+def refused(match: str) -> Any:
+    return pytest.raises(ValueError, match=re.escape(match))
+
+
+def test_the_shipped_params_bind_every_run() -> None:
+    params = load_params(PROJECT / "params.yaml")
+    check_runs(params)
+    assert list(params.runs) == list(shipped_params()["runs"])
+
+
+def test_every_recipe_of_the_base_is_sound() -> None:
+    assert load_pretrain(PROJECT / "recipes" / "base.yaml").num_steps > 0
+
+
+def test_a_bound_run_is_its_loss_with_its_hyperparameters(write_params: Write) -> None:
+    write_params(**{"runs.x": {"loss": "dpo", "beta": 0.3, "label_smoothing": 0.1}})
+    run = bind(load_params(), "x")
+    zero = torch.zeros(2)
+    one = torch.ones(2, dtype=torch.long)
+    pairs = Pairs(Scored(torch.tensor([1.0, 2.0]), zero, one), Scored(zero, zero, one), zero)
+    assert torch.equal(run.loss(pairs), dpo(pairs, beta=0.3, label_smoothing=0.1))
+    assert run.at_reference == LOSSES["dpo"].at_reference(beta=0.3)
+    assert run.beta == 0.3
+    assert run.hyperparameters == {"loss": "dpo", "beta": 0.3, "label_smoothing": 0.1}
+
+
+def test_a_divergence_is_written_by_name_or_as_an_alpha(write_params: Write) -> None:
+    write_params(
+        **{
+            "runs.name": {"loss": "f_dpo", "beta": 0.1, "divergence": "squared_log"},
+            "runs.alpha": {"loss": "f_dpo", "beta": 0.1, "divergence": {"alpha": 0.5}},
+        }
+    )
+    params = load_params()
+    names = [bind(params, run).loss.keywords["divergence"].name for run in ("name", "alpha")]
+    assert names == ["squared_log", "alpha(0.5)"]
+    assert bind(params, "alpha").loss.func is f_dpo
+
+
+def test_a_loss_without_a_beta_reports_log_ratios_as_rewards(write_params: Write) -> None:
+    write_params(**{"runs.x": {"loss": "ipo", "tau": 0.1}})
+    assert bind(load_params(), "x").beta == 1.0
+
+
+def test_a_run_overrides_the_shared_optimiser(write_params: Write) -> None:
+    write_params(**{"runs.x": {"loss": "dpo", "beta": 0.1, "learning_rate": 0.5, "num_epochs": 7}})
+    params = load_params()
+    optimiser = bind(params, "x").optimiser
+    assert (optimiser.learning_rate, optimiser.num_epochs) == (0.5, 7)
+    assert optimiser.batch_size == params.train.batch_size
+    assert "learning_rate" not in bind(params, "x").loss.keywords
+
+
+def test_the_optimisation_is_the_section_of_that_name(write_params: Write) -> None:
+    write_params(**{"train.max_grad_norm": 3.0, "train.schedule": "cosine"})
+    optimiser = load_params().train
+    found = optimiser.optimisation()
+    for name in ("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"):
+        assert getattr(found, name) == getattr(optimiser, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.lerning_rate": 1}, "train.lerning_rate: no such key, got 1; known: learning_rate, "),
+        ({"train.lerning_rate": 1}, "Did you mean 'learning_rate'?"),
+        ({"optimizer": {}}, "optimizer: no such key, got {}; known: recipe, base, "),
+        ({"compute.seed": -1}, "compute.seed: must be greater than or equal to 0, got -1"),
+        ({"compute.seed": 1.5}, "compute.seed: must be a valid integer, got 1.5"),
+        ({"compute.dtype": "float8"}, "compute.dtype: must be 'float32' or 'bfloat16', got 'float8'"),
+        ({"sft.learning_rate": 0}, "sft.learning_rate: must be greater than 0, got 0"),
+        ({"sft.learning_rate": float("inf")}, "sft.learning_rate: must be a finite number, got inf"),
+        ({"sft.warmup": 1}, "sft.warmup: must be less than 1, got 1"),
+        ({"sample.num_completions": 1}, "sample.num_completions: must be greater than or equal to 2"),
+        ({"label.method": "best"}, "label.method: must be 'best_against_worst', 'bradley_terry' or"),
+        ({"evaluation.judges": []}, "evaluation.judges: "),
+        ({"evaluation.split": "train"}, "evaluation.split: must be 'validation' or 'test', got 'train'"),
+        (
+            {"evaluation.judges": ["textblob"]},
+            "evaluation.judges: lacks 'vader', which labels the pairs, got ['textblob']; add it",
+        ),
+        (
+            {"evaluation.judges": ["vader", "vader"]},
+            "evaluation.judges: names a judge twice, got ['vader', 'vader']; name each once",
+        ),
+        ({"runs": {}}, "runs: "),
+        ({"runs": {"../x": {"loss": "dpo", "beta": 1.0}}}, "runs.../x"),
+        ({"runs": {"sft": {"loss": "dpo", "beta": 1.0}}}, "runs.sft: 'sft' is the reference's own name"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_section_with_a_mistake_is_refused(
+    write_params: Write, changes: dict[str, Any], message: str
+) -> None:
+    write_params(**changes)
+    with refused(message):
+        load_params()
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "message"),
+    [
+        ("squared", {"loss": "f_dpo", "beta": -0.1, "divergence": "squared_log"},
+         "runs.squared.beta: must be greater than 0, got -0.1"),
+        ("ipo", {"loss": "ipo", "bata": 0.1, "tau": 0.1}, "runs.ipo.bata: no such parameter of 'ipo'"),
+        ("ipo", {"loss": "ipo", "tua": 0.1}, "it reads: tau; any run may also set learning_rate, num_epochs. Did you mean 'tau'?"),
+        ("ipo", {"loss": "ipo", "tau": 0.1, "beta": 0.1}, "runs.ipo.beta: no such parameter of 'ipo'"),
+        ("x", {"loss": "dpoo", "beta": 0.1}, "runs.x.loss: no such loss, got 'dpoo'; known: dpo, ipo, "),
+        ("x", {"loss": "dpoo", "beta": 0.1}, "Did you mean 'dpo'?"),
+        ("x", {"beta": 0.1}, "runs.x.loss: no such loss, got None; known: dpo"),
+        ("x", {"loss": ["dpo"], "beta": 0.1}, "runs.x.loss: no such loss, got ['dpo']; known: dpo"),
+        ("x", {"loss": "f_dpo", "beta": 0.1, "divergence": "foo"},
+         "runs.x.divergence: unknown divergence 'foo'; known: reverse_kl, forward_kl, "),
+        ("x", {"loss": "f_dpo", "beta": 0.1, "divergence": {"alpha": 2.0}},
+         "runs.x.divergence: alpha must lie in (0, 1), got 2.0"),
+        ("x", {"loss": "f_dpo", "beta": 0.1}, "runs.x.divergence: is missing, got nothing; add it"),
+        ("x", {"loss": "dpo"}, "runs.x.beta: is missing, got nothing; add it"),
+        ("x", {"loss": "exo_pref", "beta": 0.1, "label_smoothing": 0.0},
+         "runs.x.label_smoothing: must be greater than 0, got 0.0"),
+        ("x", {"loss": "dpo", "beta": 0.1, "label_smoothing": 0.5},
+         "runs.x.label_smoothing: must be less than 0.5, got 0.5"),
+        ("x", {"loss": "dpo", "beta": "much"}, "runs.x.beta: must be a valid number"),
+        ("x", {"loss": "dpo", "beta": 0.1, "num_epochs": 0},
+         "runs.x.num_epochs: must be greater than or equal to 1, got 0"),
+    ],
+)  # fmt: skip
+def test_a_run_with_a_mistake_is_refused(
+    write_params: Write, name: str, run: dict[str, Any], message: str
+) -> None:
+    write_params(runs={name: run})
+    with refused(message):
+        check_runs(load_params())
+
+
+def test_all_mistakes_are_told_at_once(write_params: Write) -> None:
+    write_params(**{"compute.seed": -1, "train.num_epochs": 0})
+    with pytest.raises(ValueError, match=r"(?s)compute\.seed: .*\ntrain\.num_epochs: "):
+        load_params()
+
+
+def test_a_missing_section_is_refused(workplace: Path) -> None:
+    text = (PROJECT / "params.yaml").read_text().replace("recipe: reviews\n", "")
+    Path("params.yaml").write_text(text)
+    with refused("recipe: is missing, got nothing; add it"):
+        load_params()
+
+
+def test_a_run_that_is_not_there_is_refused(write_params: Write) -> None:
+    write_params()
+    with refused("runs.dop: no such run, got 'dop'; known: "):
+        bind(load_params(), "dop")
+
+
+def test_a_yaml_alias_is_refused(workplace: Path) -> None:
+    text = (PROJECT / "params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("seed: 0", "seed: &zero 0", 1) + "again: *zero\n")
+    with refused("params.yaml: has a YAML alias, got '*'; write the value out"):
+        load_params()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "params.yaml: not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "params.yaml: not valid YAML"),
+        ("", "params.yaml: must be a valid dictionary"),
+        ("#" * 1_000_001, "params.yaml: too large, got 1000001 bytes"),
+    ],
+)
+def test_a_file_that_is_no_parameters_is_refused(workplace: Path, text: str, message: str) -> None:
+    Path("params.yaml").write_text(text)
+    with refused(message):
+        load_params()
+
+
+def test_a_missing_file_is_refused(workplace: Path) -> None:
+    with refused("params.yaml: no such file"):
+        read_yaml(Path("params.yaml"))
+
+
+def test_a_number_in_scientific_notation_is_a_number(workplace: Path) -> None:
+    """YAML 1.1 reads 1e-4 as a word."""
+    text = (PROJECT / "params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("learning_rate: 0.0005", "learning_rate: 5e-4"))
+    assert load_params().sft.learning_rate == 5e-4
