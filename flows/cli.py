@@ -25,7 +25,7 @@ def repro(
 ) -> None:
     """Run what `dvc repro` finds to be out of date, then show the result table and the report."""
     if recipe:
-        from stages.params import apply_recipe
+        from stages.recipes import apply_recipe
 
         try:
             apply_recipe(recipe)

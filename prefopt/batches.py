@@ -26,7 +26,7 @@ class Scored:
 
     @property
     def logratio(self) -> Float[Tensor, "*shape"]:
-        """u = log pi_theta(y|x) - log pi_ref(y|x)."""
+        """U = log pi_theta(y|x) - log pi_ref(y|x)."""
         return self.logp - self.reference_logp
 
     @property
@@ -51,5 +51,5 @@ class Pairs:
 
     @property
     def margin(self) -> Float[Tensor, " batch"]:
-        """h = logratio of chosen - logratio of rejected."""
+        """H = logratio of chosen - logratio of rejected."""
         return self.chosen.logratio - self.rejected.logratio

@@ -53,7 +53,9 @@ def divergence(spec: str | dict[str, float]) -> Divergence:
         alpha = spec["alpha"]
         if not (isinstance(alpha, float) and 0 < alpha < 1):
             raise ValueError(f"alpha must lie in (0, 1), got {alpha}")
-        return Divergence(f"alpha({alpha})", partial(_alpha, a=alpha), partial(_alpha_derivative, a=alpha))
+        return Divergence(
+            f"alpha({alpha})", partial(_alpha, a=alpha), partial(_alpha_derivative, a=alpha)
+        )
     known = ", ".join(DIVERGENCES)
     raise ValueError(f"unknown divergence {spec!r}; known: {known}, {{alpha: a}}")
 
@@ -67,29 +69,29 @@ def _exp(u: Tensor) -> Tensor:
 
 
 def _alpha(u: Tensor, a: float) -> Tensor:
-    """f = (t^(1-a) - (1-a) t - a) / (a (a-1))."""
+    """F = (t^(1-a) - (1-a) t - a) / (a (a-1))."""
     # t^(1-a) is not computed from t, whose gradient there is NaN once t rounds to 0.
     return (_exp((1 - a) * u) - (1 - a) * _exp(u) - a) / (a * (a - 1))
 
 
 def _alpha_derivative(u: Tensor, a: float) -> Tensor:
-    """f' = (1 - t^-a) / a; the constant 1/a is dropped."""
+    """F' = (1 - t^-a) / a; the constant 1/a is dropped."""
     return -_exp_minus(u, a) / a
 
 
 # fmt: off
 DIVERGENCES: dict[str, Divergence] = {
-    d.name: d
-    for d in (
-        #          name                f(e^u)                                        f'(e^u)
+    row.name: row
+    for row in (
+        #          name              f(e^u)                         f'(e^u)
         # t log t: KL(pi || pi_ref); f' = log t + 1, the 1 dropped.
-        Divergence("reverse_kl",     lambda u: _exp(u) * u,                          lambda u: u),
+        Divergence("reverse_kl",     lambda u: _exp(u) * u,         lambda u: u),
         # -log t: KL(pi_ref || pi); f' = -1/t.
-        Divergence("forward_kl",     lambda u: -u,                                   lambda u: -_exp_minus(u)),
+        Divergence("forward_kl",     lambda u: -u,                  lambda u: -_exp_minus(u)),
         # t log(2t/(t+1)) + log(2/(t+1)); f' = log(2t/(t+1)), the log 2 dropped.
-        Divergence("jensen_shannon", lambda u: _jensen_shannon(u),                   lambda u: -F.softplus(-u)),
+        Divergence("jensen_shannon", lambda u: _jensen_shannon(u),  lambda u: -F.softplus(-u)),
         # (log t)^2 / 2, not convex for t > e (SquaredPO); f' = log(t)/t, falling for u > 1.
-        Divergence("squared_log",    lambda u: 0.5 * u**2,                           lambda u: u * _exp_minus(u)),
+        Divergence("squared_log",    lambda u: 0.5 * u**2,          lambda u: u * _exp_minus(u)),
     )
 }
 # fmt: on

@@ -30,7 +30,9 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for start in range(0, num_resamples, 1000):
-        drawn = generator.integers(len(values), size=(min(1000, num_resamples - start), len(values)))
+        drawn = generator.integers(
+            len(values), size=(min(1000, num_resamples - start), len(values))
+        )
         means[start : start + len(drawn)] = values[drawn].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(values.mean()), float(low), float(high))

@@ -18,7 +18,9 @@ def steps_of_rows(num_rows: int, batch_size: int, num_epochs: int, seed: int) ->
     return steps
 
 
-def micro_batches(rows: Iterable[int], lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+def micro_batches(
+    rows: Iterable[int], lengths: Sequence[int], token_budget: int
+) -> Iterator[list[int]]:
     """Cut `rows` into micro-batches of at most `token_budget` tokens after padding.
 
     Rows are sorted by length first, so that little is padded. A row longer than the budget makes

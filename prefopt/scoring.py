@@ -41,9 +41,7 @@ def token_logps(
     tokens = _right_padded(rows).to(device)
     first = min(len(row.prompt) for row in rows) - 1
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
-        logits = policy(
-            tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first
-        ).logits
+        logits = policy(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
     targets = tokens[:, first + 1 :]
     # Flat, because a cross-entropy over a strided axis is a fifth slower on a CPU.
     nats = F.cross_entropy(

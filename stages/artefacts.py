@@ -13,7 +13,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,9 @@ def stage(
     started = time.monotonic()
     for path in inputs:
         if not path.exists():
-            raise ValueError(f"{path}: no such input of stage '{name}', got nothing; run `dvc repro`")
+            raise ValueError(
+                f"{path}: no such input of stage '{name}', got nothing; run `dvc repro`"
+            )
     WORK.mkdir(exist_ok=True)
     with _held(name):
         code = _first_party_modules()
@@ -183,6 +186,19 @@ def stage(
     with open(WORK / "times.jsonl", "a") as file:
         times = {"stage": name, "seconds": round(time.monotonic() - started, 1)}
         file.write(json.dumps(times) + "\n")
+
+
+def program(main: Callable[[], None]) -> None:
+    """Run a stage program; what this project refuses ends it with the one message and no trace."""
+    try:
+        main()
+    except ValueError as error:
+        raised_in = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
+        if not Path(raised_in).is_relative_to(Path(__file__).parents[1]) or (
+            "site-packages" in raised_in
+        ):
+            raise
+        sys.exit(f"error: {error}")
 
 
 def digest(path: Path) -> str:

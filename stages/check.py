@@ -4,8 +4,9 @@ Its output never changes, so passing it again re-runs nothing; failing it stops 
 """
 
 from stages import models
-from stages.artefacts import CHECKED, stage
-from stages.params import check_runs, load_params
+from stages.artefacts import CHECKED, program, stage
+from stages.params import load_params
+from stages.runs import check_runs
 
 
 def main() -> None:
@@ -17,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -18,6 +18,7 @@ from stages.artefacts import (
     SAMPLES_SCHEMA,
     SFT,
     model_of,
+    program,
     read_table,
     samples_of,
     stage,
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

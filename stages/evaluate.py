@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.metrics import Estimate, bootstrap, displacement, distinct, points
+from prefopt.metrics import bootstrap, displacement, distinct, points
 from stages.artefacts import (
     JUDGEMENTS_SCHEMA,
     LOGRATIOS_SCHEMA,
@@ -15,7 +15,7 @@ from stages.artefacts import (
     judgements_of,
     logratios_of,
     metrics_of,
-    model_of,
+    program,
     read_table,
     samples_of,
     stage,
@@ -122,4 +122,4 @@ def _rounded(values: dict[str, float]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

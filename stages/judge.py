@@ -10,6 +10,7 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
     judgements_of,
+    program,
     read_table,
     samples_of,
     stage,
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -19,6 +19,7 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    program,
     read_table,
     stage,
     write_table,
@@ -121,4 +122,4 @@ def compacted(prompts: Table, candidates: Table, pairs: Table) -> tuple[Table, T
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

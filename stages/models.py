@@ -53,12 +53,14 @@ def check(name: str) -> None:
                 with safe_open(file, "pt") as tensors:
                     assert list(tensors.keys())
             except SafetensorError as error:
-                raise ValueError(f"{file}: damaged weights, got {error}; restore the file") from error
+                raise ValueError(
+                    f"{file}: damaged weights, got {error}; restore the file"
+                ) from error
     tokenizer, config = load_tokenizer(name), load_config(name)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"base: '{name}' has a tokenizer that does not fit its model, got {len(tokenizer)} "
-            f"tokens for {config.vocab_size} embeddings; take the tokenizer that it was trained with"
+            f"tokens for {config.vocab_size} embeddings; take the one that it was trained with"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -1,34 +1,23 @@
 """params.yaml and recipes -> frozen types; the only reader of YAML.
 
-Every value is checked before any expensive work. A loss's signature is its schema: its keyword
-names, domains and defaults are read from the function itself, so a key that the chosen loss does
-not read is an error.
+Every value is checked before any expensive work, and every refusal names the place, the value and
+the remedy. What a run may say is its loss's business: `stages.runs`.
 """
 
 import difflib
-import functools
-import inspect
-import io
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
     ValidationError,
-    create_model,
     model_validator,
 )
-
-if TYPE_CHECKING:
-    from prefopt.loop import Optimisation
 
 PARAMS = Path("params.yaml")
 MAX_BYTES = 1_000_000
@@ -73,18 +62,6 @@ class Optimiser(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Positive
     top_layers: Annotated[StrictInt, Field(ge=0)]
-
-    def optimisation(self) -> "Optimisation":
-        """What the loop reads of it; epochs, batches and layers are the stage's business."""
-        from prefopt.loop import Optimisation
-
-        return Optimisation(
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-        )
 
 
 class Sample(Strict):
@@ -162,32 +139,13 @@ class PretrainFile(Strict):
     pretrain: Pretrain
 
 
-@dataclass(frozen=True)
-class Run:
-    """One row of `runs`, ready to train.
-
-    Args:
-        loss: the loss with its hyperparameters bound; takes a batch.
-        at_reference: the loss's value at policy = reference.
-        beta: what turns a log-ratio into an implicit reward for the metrics (1 without a beta).
-        optimiser: the `train` section with this run's overrides.
-        hyperparameters: as the person wrote them, for tracking.
-    """
-
-    loss: Callable[..., Any]
-    at_reference: float
-    beta: float
-    optimiser: Optimiser
-    hyperparameters: dict[str, Any]
-
-
 def load_params(path: Path = PARAMS) -> Params:
-    """Read and check everything but the runs' hyperparameters, which need the losses: `bind`."""
-    return _checked(Params, read_yaml(path), str(path))
+    """Read and check everything but the runs' hyperparameters: `stages.runs.bind` does."""
+    return checked(Params, read_yaml(path), str(path))
 
 
 def load_pretrain(path: Path) -> Pretrain:
-    return _checked(PretrainFile, read_yaml(path), str(path)).pretrain
+    return checked(PretrainFile, read_yaml(path), str(path)).pretrain
 
 
 def read_yaml(path: Path) -> Any:
@@ -209,72 +167,8 @@ def dump_yaml(tree: Any) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
-def bind(params: Params, name: str) -> Run:
-    """The run `name`: its loss looked up, its hyperparameters checked and bound."""
-    from prefopt.losses import LOSSES
-
-    where = f"runs.{name}"
-    if name not in params.runs:
-        raise ValueError(
-            f"{where}: no such run, got '{name}'; known: {', '.join(params.runs)}"
-            + _did_you_mean(name, params.runs)
-        )
-    row = dict(params.runs[name])
-    loss_name = row.pop("loss", None)
-    if not isinstance(loss_name, str) or loss_name not in LOSSES:
-        raise ValueError(
-            f"{where}.loss: no such loss, got {loss_name!r}; known: {', '.join(LOSSES)}"
-            + _did_you_mean(str(loss_name), LOSSES)
-        )
-    entry = LOSSES[loss_name]
-    overrides = {key: row.pop(key) for key in ("learning_rate", "num_epochs") if key in row}
-    optimiser = _checked(Optimiser, {**params.train.model_dump(), **overrides}, where)
-    schema = hyperparameter_schema(loss_name, entry.function)
-    for key in row:
-        if key not in schema.model_fields:
-            reads = list(schema.model_fields)
-            raise ValueError(
-                f"{where}.{key}: no such parameter of '{loss_name}', got {row[key]!r}; it reads: "
-                f"{', '.join(reads)}; any run may also set learning_rate, num_epochs"
-                + _did_you_mean(key, reads)
-            )
-    model = _checked(schema, row, where)
-    values = {key: getattr(model, key) for key in schema.model_fields}
-    return Run(
-        loss=functools.partial(entry.function, **values),
-        at_reference=entry.at_reference(**values),
-        beta=values.get("beta", 1.0),
-        optimiser=optimiser,
-        hyperparameters={"loss": loss_name, **row, **overrides},
-    )
-
-
-@functools.cache
-def hyperparameter_schema(name: str, function: Callable[..., Any]) -> type[Strict]:
-    """The keyword parameters of a loss as a pydantic model."""
-    from prefopt.divergences import Divergence, divergence
-
-    fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            continue
-        annotation = parameter.annotation
-        if annotation is Divergence:
-            annotation = Annotated[Divergence, BeforeValidator(divergence)]
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (annotation, default)
-    config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
-    )
-    return create_model(name, __config__=config, **fields)
-
-
-def check_runs(params: Params) -> None:
-    for name in params.runs:
-        bind(params, name)
-
-
-def _checked(schema: type[Model], values: Any, where: str) -> Model:
+def checked(schema: type[Model], values: Any, where: str) -> Model:
+    """`values` as the schema's frozen type; `where` is a file, or a path inside params.yaml."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -290,7 +184,7 @@ def _message(error: Any, where: str, schema: type[BaseModel]) -> str:
         case "extra_forbidden":
             known = _fields_at(schema, error["loc"][:-1])
             text = f"{path}: no such key, got {got!r}; known: {', '.join(known)}"
-            return text + _did_you_mean(str(error["loc"][-1]), known)
+            return text + did_you_mean(str(error["loc"][-1]), known)
         case "missing":
             return f"{path}: is missing, got nothing; add it"
         case "value_error":
@@ -309,52 +203,7 @@ def _fields_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     return list(schema.model_fields)
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: the nearest known word, if one is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f". Did you mean '{close[0]}'?" if close else ""
-
-
-def apply_recipe(name: str) -> None:
-    """Lay `recipes/NAME.yaml` over the committed params.yaml, keeping its comments.
-
-    A recipe's `runs` replace the runs, any other section is merged key by key. Edits of a person
-    in params.yaml that are neither committed nor a recipe's are never overwritten.
-
-    Raises:
-        ValueError: if there is no such recipe, or params.yaml holds such edits.
-    """
-    recipes = {path.stem: path for path in sorted(Path("recipes").glob("*.yaml"))}
-    recipes.pop("base", None)  # makes data/base, `make base`
-    if name not in recipes:
-        raise ValueError(
-            f"RECIPE: no such recipe, got '{name}'; known: {', '.join(recipes)}"
-            + _did_you_mean(name, recipes)
-        )
-    committed = subprocess.run(
-        ["git", "show", f"HEAD:./{PARAMS}"], capture_output=True, text=True, check=False
-    )
-    original = committed.stdout if committed.returncode == 0 else PARAMS.read_text()
-    ours = {original, *(_overlaid(original, path.read_text()) for path in recipes.values())}
-    if PARAMS.read_text() not in ours:
-        raise ValueError(
-            f"{PARAMS}: has edits of yours that recipe '{name}' would overwrite, got a file that "
-            "is neither committed nor a recipe's; commit it, or `git checkout params.yaml`"
-        )
-    PARAMS.write_text(_overlaid(original, recipes[name].read_text()))
-
-
-def _overlaid(original: str, recipe: str) -> str:
-    from ruamel.yaml import YAML
-
-    editor = YAML()
-    editor.width = 120
-    tree, overlay = editor.load(original), editor.load(recipe)
-    for section, value in (overlay or {}).items():
-        if isinstance(value, dict) and section != "runs":
-            for key, leaf in value.items():
-                tree[section][key] = leaf
-        else:
-            tree[section] = value
-    stream = io.StringIO()
-    editor.dump(tree, stream)
-    return stream.getvalue() if overlay else original

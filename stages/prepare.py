@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages import models
-from stages.artefacts import CHECKED, PROMPTS, PROMPTS_SCHEMA, stage, write_table
+from stages.artefacts import CHECKED, PROMPTS, PROMPTS_SCHEMA, program, stage, write_table
 from stages.params import Data, load_params
 
 
@@ -165,4 +165,4 @@ def splits(num_rows: int, data: Data) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

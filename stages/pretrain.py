@@ -1,4 +1,4 @@
-"""Pretrain the project's own small base LM on plain text: `python -m stages.pretrain recipes/base.yaml`.
+"""Pretrain the project's own base LM: `python -m stages.pretrain recipes/base.yaml`.
 
 Text is cut into blocks of the context's length and trained with the loop and the scoring of SFT:
 a block is a completion of its first token. Killed at any time, the same command resumes.
@@ -22,6 +22,7 @@ from prefopt.generation import sample
 from prefopt.loop import Checkpoints, Metrics, Optimisation, fit
 from prefopt.packing import steps_of_rows
 from prefopt.scoring import Row, token_logps
+from stages.artefacts import program
 from stages.models import DTYPES, save
 from stages.params import Pretrain, load_pretrain
 
@@ -173,8 +174,10 @@ def bits_per_byte(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Pretrain,
 ) -> float:
-    """Cross-entropy of whole held-out texts (each in windows of the context, eos included), in bits
-    over their UTF-8 bytes."""
+    """Cross-entropy of held-out texts in bits over their UTF-8 bytes.
+
+    Each text counts whole, its eos included, in windows of the context.
+    """
     nats, num_bytes = 0.0, 0
     for text in tqdm(texts, desc="held out", unit="review", mininterval=10):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -224,19 +227,19 @@ library_name: transformers
 
 # The base of the default recipe
 
-A small causal LM of English movie reviews: Llama architecture, {recipe.num_layers} layers of width
-{recipe.hidden_size}, {recipe.vocab_size:,} byte-level BPE tokens, context {recipe.context}, weights in
-bfloat16. It exists to be fine-tuned and aligned in minutes on a CPU; it knows nothing but how
-reviews sound, repeats their opinions and prejudices, and is of no other use.
+A small causal LM of English movie reviews: Llama architecture, {recipe.num_layers} layers of
+width {recipe.hidden_size}, {recipe.vocab_size:,} byte-level BPE tokens, context {recipe.context},
+weights in bfloat16. It exists to be fine-tuned and aligned in minutes on a CPU; it knows nothing
+but how reviews sound, repeats their opinions and prejudices, and is of no other use.
 
 | | |
 |---|---|
 {numbers}
 | seed | {recipe.seed} |
 
-Data: the IMDB Large Movie Review Dataset v1.0 (Maas et al., ACL 2011), `{recipe.data}`, training and
-test reviews together, labels unused; {recipe.num_held_out} reviews held out. Tokenizer and weights are
-this project's own work. Made by
+Data: the IMDB Large Movie Review Dataset v1.0 (Maas et al., ACL 2011), `{recipe.data}`,
+training and test reviews together, labels unused; {recipe.num_held_out} reviews held out.
+Tokenizer and weights are this project's own work. Made by
 
     python -m stages.pretrain {path}
 
@@ -249,4 +252,4 @@ The first sample of each opening at temperature 0.8, unedited but for line break
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -1,4 +1,7 @@
-"""Score every labelled completion under the SFT policy, once for all runs: `python -m stages.reference`."""
+"""Score every labelled completion under the SFT policy: `python -m stages.reference`.
+
+Once for all runs: the reference is frozen.
+"""
 
 from tqdm import tqdm
 
@@ -10,6 +13,7 @@ from stages.artefacts import (
     REFERENCE,
     REFERENCE_SCHEMA,
     SFT,
+    program,
     read_table,
     stage,
     write_table,
@@ -41,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -29,6 +29,7 @@ from stages.artefacts import (
     digest,
     judgements_of,
     metrics_of,
+    program,
     read_table,
     samples_of,
     stage,
@@ -331,4 +332,4 @@ def shown_samples(
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

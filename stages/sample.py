@@ -10,6 +10,7 @@ from stages.artefacts import (
     PROMPTS,
     PROMPTS_SCHEMA,
     SFT,
+    program,
     read_table,
     stage,
     write_table,
@@ -22,18 +23,18 @@ def main() -> None:
     compute, settings = params.compute, params.sample
     models.set_up(seed=compute.seed, num_threads=compute.num_threads)
     relevant = {"compute": compute.model_dump(), "sample": settings.model_dump()}
-    with stage(
-        "sample", inputs=[PROMPTS, SFT], outputs=[CANDIDATES], params=relevant
-    ) as workspace:
+    with stage("sample", inputs=[PROMPTS, SFT], outputs=[CANDIDATES], params=relevant) as workspace:
         prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
         train = [row for row, split in enumerate(prompts["split"]) if split == "train"]
         if settings.num_prompts > len(train):
             raise ValueError(
-                f"sample.num_prompts: more than the training split has, got {settings.num_prompts}; "
-                f"at most {len(train)}"
+                "sample.num_prompts: more than the training split has, got "
+                f"{settings.num_prompts}; at most {len(train)}"
             )
         # Candidates of one prompt lie together.
-        rows = [row for row in train[: settings.num_prompts] for _ in range(settings.num_completions)]
+        rows = [
+            row for row in train[: settings.num_prompts] for _ in range(settings.num_completions)
+        ]
         tokenizer = models.load_tokenizer(str(SFT))
         with tqdm(total=len(rows), desc="sample", unit="completion", mininterval=5) as bar:
             tokens = sample(
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prefopt.loop import Checkpoints, Metrics, Optimisation, fit
+from prefopt.loop import Metrics
 from prefopt.packing import micro_batches, steps_of_rows
 from prefopt.scoring import Row, token_logps
 from stages import models
@@ -18,11 +18,12 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     SFT,
     SFT_CURVE,
+    program,
     read_table,
     stage,
 )
 from stages.params import load_params
-from stages.tracking import Curve
+from stages.training import train
 
 
 def main() -> None:
@@ -54,17 +55,18 @@ def main() -> None:
                 )
                 yield -torch.cat(logps).sum() / num_tokens, {}
 
-        with Curve(workspace.partial(SFT_CURVE), "sft", len(steps)) as curve:
-            fit(
-                policy,
-                objective,
-                len(steps),
-                sft.optimisation(),
-                log=curve.log,
-                checkpoints=Checkpoints(workspace.checkpoints, compute.checkpoint_every),
-            )
-        models.save(policy, models.load_tokenizer(params.base), workspace.partial(SFT))
+        train(
+            policy,
+            objective,
+            len(steps),
+            sft,
+            workspace,
+            model=SFT,
+            tokenizer=params.base,
+            curve=SFT_CURVE,
+            checkpoint_every=compute.checkpoint_every,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -229,7 +229,10 @@ def _create(client: "MlflowClient", path: Path, head: Event) -> "Run":
         "prefopt.journal": path.stem,
     }
     run = client.create_run(
-        _experiment(client, head["recipe"]), start_time=head["time"], tags=tags, run_name=head["run"]
+        _experiment(client, head["recipe"]),
+        start_time=head["time"],
+        tags=tags,
+        run_name=head["run"],
     )
     client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in head["params"].items()])
     client.log_inputs(

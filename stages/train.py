@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers.modeling_utils import PreTrainedModel
 
 from prefopt.batches import Pairs, Scored
-from prefopt.loop import Checkpoints, Metrics, fit
+from prefopt.loop import Metrics
 from prefopt.packing import micro_batches, steps_of_rows
 from prefopt.scoring import Row, score, token_logps
 from stages import models
@@ -28,12 +27,15 @@ from stages.artefacts import (
     digest,
     logratios_of,
     model_of,
+    program,
     read_table,
     stage,
     write_table,
 )
-from stages.params import Compute, Run, bind, load_params
-from stages.tracking import Curve, track
+from stages.params import Compute, load_params
+from stages.runs import Run, bind
+from stages.tracking import track
+from stages.training import train
 
 # Policy and reference are scored in different micro-batches, whose sums round differently.
 STEP_0_TOLERANCE = 1e-3
@@ -110,16 +112,18 @@ def main() -> None:
             run.optimiser.num_epochs,
             compute.seed,
         )
-        with Curve(workspace.partial(curve_of(name)), name, len(steps), journal) as curve:
-            fit(
-                policy,
-                lambda step: objective(policy, evidence, run, compute, steps[step], step),
-                len(steps),
-                run.optimiser.optimisation(),
-                log=curve.log,
-                checkpoints=Checkpoints(workspace.checkpoints, compute.checkpoint_every),
-            )
-        models.save(policy, models.load_tokenizer(str(SFT)), workspace.partial(model_of(name)))
+        train(
+            policy,
+            lambda step: objective(policy, evidence, run, compute, steps[step], step),
+            len(steps),
+            run.optimiser,
+            workspace,
+            model=model_of(name),
+            tokenizer=str(SFT),
+            curve=curve_of(name),
+            checkpoint_every=compute.checkpoint_every,
+            journal=journal,
+        )
         logratios = logratios_after(policy, evidence, compute)
         write_table(workspace.partial(logratios_of(name)), logratios, LOGRATIOS_SCHEMA)
         # By this a later evaluation finds the record of this training.
@@ -127,7 +131,7 @@ def main() -> None:
 
 
 def objective(
-    policy: PreTrainedModel,
+    policy: models.PreTrainedModel,
     evidence: Evidence,
     run: Run,
     compute: Compute,
@@ -150,9 +154,10 @@ def objective(
         if step == 0:
             check_step_0(losses.detach(), run)
         num_tokens = sum(len(rows[row]) for row in sides)
-        yield losses.sum() / len(pairs), pair_metrics(evidence_batch, run.beta, len(pairs)) | {
-            "num_tokens": num_tokens
-        }
+        yield (
+            losses.sum() / len(pairs),
+            pair_metrics(evidence_batch, run.beta, len(pairs)) | {"num_tokens": num_tokens},
+        )
 
 
 def check_step_0(losses: Tensor, run: Run) -> None:
@@ -186,7 +191,7 @@ def pair_metrics(pairs: Pairs, beta: float, step_size: int) -> dict[str, Any]:
 
 
 def logratios_after(
-    policy: PreTrainedModel, evidence: Evidence, compute: Compute
+    policy: models.PreTrainedModel, evidence: Evidence, compute: Compute
 ) -> dict[str, list[float]]:
     """Log-ratios of both sides of every pair under the trained policy, in nats."""
     used = sorted({*evidence.pairs["chosen"], *evidence.pairs["rejected"]})
@@ -207,4 +212,4 @@ def logratios_after(
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -224,7 +224,7 @@ def test_a_truncated_or_missing_table_is_refused() -> None:
 def test_a_table_of_another_schema_is_refused() -> None:
     path = Path("pairs.parquet")
     write_table(path, PAIRS, PAIRS_SCHEMA)
-    with pytest.raises(ValueError, match="other columns than expected, got .*run `dvc repro`"):
+    with pytest.raises(ValueError, match=r"other columns than expected, got .*run `dvc repro`"):
         read_table(path, CANDIDATES_SCHEMA)
     nullable = pa.schema([field.with_nullable(True) for field in PAIRS_SCHEMA])
     pq.write_table(pa.table(PAIRS, schema=nullable), path)

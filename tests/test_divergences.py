@@ -57,10 +57,16 @@ def test_the_derivative_falls_without_bound_towards_zero_so_f_induces_dpo(row: D
 
 @pytest.mark.parametrize(
     ("row", "smallest"),
-    [(row, {"reverse_kl": 1 / math.e}.get(row.name, 1.0)) for row in ROWS if row.name != "forward_kl"],
+    [
+        (row, {"reverse_kl": 1 / math.e}.get(row.name, 1.0))
+        for row in ROWS
+        if row.name != "forward_kl"
+    ],
     ids=lambda value: str(value),
 )
-def test_f_is_smallest_where_the_table_of_the_methods_says(row: Divergence, smallest: float) -> None:
+def test_f_is_smallest_where_the_table_of_the_methods_says(
+    row: Divergence, smallest: float
+) -> None:
     u = torch.linspace(-3, 3, 60001, dtype=torch.float64)
     assert u[row.f(u).argmin()].exp().item() == pytest.approx(smallest, rel=2e-4)
 
@@ -114,7 +120,9 @@ def test_a_divergence_is_found_by_its_name() -> None:
 
 
 def test_an_unknown_divergence_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown divergence 'foo'; known: reverse_kl, .*\{alpha: a\}"):
+    with pytest.raises(
+        ValueError, match=r"unknown divergence 'foo'; known: reverse_kl, .*\{alpha: a\}"
+    ):
         divergence("foo")
 
 

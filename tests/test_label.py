@@ -23,7 +23,13 @@ from stages.artefacts import (
 )
 from stages.params import Label
 
-TEXTS = [" a great and wonderful film", " a good film", " a film", " a bad film", " a horrible mess"]
+TEXTS = [
+    " a great and wonderful film",
+    " a good film",
+    " a film",
+    " a bad film",
+    " a horrible mess",
+]
 
 
 def candidates_of(groups: list[list[str]]) -> dict[str, list[Any]]:
@@ -38,7 +44,7 @@ def candidates_of(groups: list[list[str]]) -> dict[str, list[Any]]:
 def prompts_of(count: int, **columns: list[Any]) -> dict[str, list[Any]]:
     return {
         "split": ["train"] * count,
-        "text": [f"review {i}:" for i in range(count)],
+        "text": ["A review."] * count,
         "tokens": [[0, i] for i in range(count)],
         "gold": ["gold"] * count,
         "gold_tokens": [[7, 1]] * count,
@@ -57,7 +63,7 @@ def test_the_best_goes_against_the_worst_of_its_own_prompt() -> None:
     pairs, reward = judged(groups, "best_against_worst"), judges.reward("vader")
     assert len(pairs["chosen"]) == len(groups)
     for number, group in enumerate(groups):
-        rewards = [reward(f"review {number}:" + text) for text in group]
+        rewards = [reward("A review." + text) for text in group]
         assert pairs["chosen"][number] == 3 * number + rewards.index(max(rewards))
         assert pairs["rejected"][number] == 3 * number + rewards.index(min(rewards))
     assert set(pairs["preference"]) == {1.0}
@@ -74,7 +80,7 @@ def test_bradley_terry_prefers_as_often_as_the_sigmoid_says(scale: float) -> Non
     count = 4000
     pairs = judged([[TEXTS[1], TEXTS[3]]] * count, "bradley_terry", scale)
     reward = judges.reward("vader")
-    gap = reward("review 0:" + TEXTS[1]) - reward("review 0:" + TEXTS[3])
+    gap = reward("A review." + TEXTS[1]) - reward("A review." + TEXTS[3])
     expected = 1 / (1 + math.exp(-gap / scale))
     good_won = [chosen % 2 == 0 for chosen in pairs["chosen"]]
     share = sum(good_won) / count
@@ -140,6 +146,8 @@ def test_no_pair_at_all_is_refused(
 ) -> None:
     write_params(**{"label.method": method})
     write_inputs([[" same", " same"]])
-    with pytest.raises(ValueError, match="label: no pair was found, got 1 prompts and 2 candidates"):
+    with pytest.raises(
+        ValueError, match="label: no pair was found, got 1 prompts and 2 candidates"
+    ):
         label.main()
     assert not PAIRS.exists()

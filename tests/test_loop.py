@@ -69,7 +69,8 @@ def trained(
 
 def same_bits(a: nn.Module, b: nn.Module) -> bool:
     return all(
-        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+        torch.equal(p, q)
+        for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
 
 
@@ -115,8 +116,7 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bits(tmp_path: Path) -
 KILLS_ITSELF = """
 import os, signal, sys
 from pathlib import Path
-import torch
-from test_loop import Checkpoints, fit, network, squares, OPTIMISATION, NUM_STEPS, trained, same_bits
+from test_loop import *
 
 checkpoints = Checkpoints(Path("checkpoints"), 3)
 policy, log = network(), []
@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_is_refused_before_it_moves_the_policy(bad: fl
     def objective(step: int) -> Iterator[tuple[Tensor, Metrics]]:
         yield policy(torch.ones(1, 4)).sum() * bad, {}
 
-    with pytest.raises(FloatingPointError, match="step 0: loss .*lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"step 0: loss .*lower the learning rate"):
         fit(policy, objective, 2, OPTIMISATION, log=lambda _: None)
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), weights, strict=True))
 
@@ -278,5 +278,5 @@ def test_a_gradient_that_is_not_finite_is_refused() -> None:
         # sqrt has value 0 and an infinite slope at 0.
         yield (policy(torch.ones(1, 4)).sum() * 0.0).sqrt(), {}
 
-    with pytest.raises(FloatingPointError, match="step 0: .*gradient norm nan"):
+    with pytest.raises(FloatingPointError, match=r"step 0: .*gradient norm nan"):
         fit(policy, objective, 2, OPTIMISATION, log=lambda _: None)

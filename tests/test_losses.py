@@ -36,7 +36,9 @@ def pairs_of(
     return Pairs(scored(chosen), scored(rejected), torch.ones(batch))
 
 
-def gradients(loss: Callable[[Pairs], Tensor], chosen: float, rejected: float) -> tuple[float, float]:
+def gradients(
+    loss: Callable[[Pairs], Tensor], chosen: float, rejected: float
+) -> tuple[float, float]:
     """d loss / d u of the chosen and of the rejected completion."""
     u = torch.tensor([chosen, rejected], dtype=torch.float64, requires_grad=True)
     loss(pairs_of(u[:1], u[1:])).sum().backward()
@@ -241,9 +243,7 @@ def test_a_constant_on_policy_and_reference_alike_changes_nothing(case: Case) ->
 
 
 @settings(deadline=None, derandomize=True)
-@given(
-    beta=st.floats(0.01, 5), chosen=st.floats(-20, 20), rejected=st.floats(-20, 20)
-)
+@given(beta=st.floats(0.01, 5), chosen=st.floats(-20, 20), rejected=st.floats(-20, 20))
 def test_f_dpo_of_the_reverse_kl_is_dpo(beta: float, chosen: float, rejected: float) -> None:
     pairs = pairs_of(chosen, rejected)
     reverse_kl = DIVERGENCES["reverse_kl"]
@@ -334,7 +334,11 @@ def population_optimum(d: Divergence, beta: float) -> Tensor:
     first, second = torch.triu_indices(4, 4, 1)
     preference = (REWARDS[first] - REWARDS[second]).sigmoid()
     optimiser = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        [logits],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -371,9 +375,7 @@ def test_the_minimiser_of_f_dpo_solves_the_regularised_bandit(d: Divergence) -> 
         ("squared_log", (0.125097, 0.110395, 0.091324, 0.673184)),
     ],
 )
-def test_the_minimiser_of_f_dpo_is_the_published_one(
-    name: str, policy: tuple[float, ...]
-) -> None:
+def test_the_minimiser_of_f_dpo_is_the_published_one(name: str, policy: tuple[float, ...]) -> None:
     found = population_optimum(DIVERGENCES[name], 0.5).tolist()
     assert found == pytest.approx(policy, abs=2e-6)
 

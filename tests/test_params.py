@@ -12,7 +12,9 @@ from conftest import PROJECT, shipped_params
 from prefopt.batches import Pairs, Scored
 from prefopt.losses import LOSSES
 from prefopt.losses.pairwise import dpo, f_dpo
-from stages.params import bind, check_runs, load_params, load_pretrain, read_yaml
+from stages.params import load_params, load_pretrain, read_yaml
+from stages.runs import bind, check_runs
+from stages.training import optimisation
 
 Write = Callable[..., dict[str, Any]]
 
@@ -73,7 +75,7 @@ def test_a_run_overrides_the_shared_optimiser(write_params: Write) -> None:
 def test_the_optimisation_is_the_section_of_that_name(write_params: Write) -> None:
     write_params(**{"train.max_grad_norm": 3.0, "train.schedule": "cosine"})
     optimiser = load_params().train
-    found = optimiser.optimisation()
+    found = optimisation(optimiser)
     for name in ("learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm"):
         assert getattr(found, name) == getattr(optimiser, name)
 
@@ -81,19 +83,37 @@ def test_the_optimisation_is_the_section_of_that_name(write_params: Write) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.lerning_rate": 1}, "train.lerning_rate: no such key, got 1; known: learning_rate, "),
+        (
+            {"train.lerning_rate": 1},
+            "train.lerning_rate: no such key, got 1; known: learning_rate, ",
+        ),
         ({"train.lerning_rate": 1}, "Did you mean 'learning_rate'?"),
         ({"optimizer": {}}, "optimizer: no such key, got {}; known: recipe, base, "),
         ({"compute.seed": -1}, "compute.seed: must be greater than or equal to 0, got -1"),
         ({"compute.seed": 1.5}, "compute.seed: must be a valid integer, got 1.5"),
-        ({"compute.dtype": "float8"}, "compute.dtype: must be 'float32' or 'bfloat16', got 'float8'"),
+        (
+            {"compute.dtype": "float8"},
+            "compute.dtype: must be 'float32' or 'bfloat16', got 'float8'",
+        ),
         ({"sft.learning_rate": 0}, "sft.learning_rate: must be greater than 0, got 0"),
-        ({"sft.learning_rate": float("inf")}, "sft.learning_rate: must be a finite number, got inf"),
+        (
+            {"sft.learning_rate": float("inf")},
+            "sft.learning_rate: must be a finite number, got inf",
+        ),
         ({"sft.warmup": 1}, "sft.warmup: must be less than 1, got 1"),
-        ({"sample.num_completions": 1}, "sample.num_completions: must be greater than or equal to 2"),
-        ({"label.method": "best"}, "label.method: must be 'best_against_worst', 'bradley_terry' or"),
+        (
+            {"sample.num_completions": 1},
+            "sample.num_completions: must be greater than or equal to 2",
+        ),
+        (
+            {"label.method": "best"},
+            "label.method: must be 'best_against_worst', 'bradley_terry' or",
+        ),
         ({"evaluation.judges": []}, "evaluation.judges: "),
-        ({"evaluation.split": "train"}, "evaluation.split: must be 'validation' or 'test', got 'train'"),
+        (
+            {"evaluation.split": "train"},
+            "evaluation.split: must be 'validation' or 'test', got 'train'",
+        ),
         (
             {"evaluation.judges": ["textblob"]},
             "evaluation.judges: lacks 'vader', which labels the pairs, got ['textblob']; add it",
@@ -104,7 +124,10 @@ def test_the_optimisation_is_the_section_of_that_name(write_params: Write) -> No
         ),
         ({"runs": {}}, "runs: "),
         ({"runs": {"../x": {"loss": "dpo", "beta": 1.0}}}, "runs.../x"),
-        ({"runs": {"sft": {"loss": "dpo", "beta": 1.0}}}, "runs.sft: 'sft' is the reference's own name"),
+        (
+            {"runs": {"sft": {"loss": "dpo", "beta": 1.0}}},
+            "runs.sft: 'sft' is the reference's own name",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -121,10 +144,14 @@ def test_a_section_with_a_mistake_is_refused(
     [
         ("squared", {"loss": "f_dpo", "beta": -0.1, "divergence": "squared_log"},
          "runs.squared.beta: must be greater than 0, got -0.1"),
-        ("ipo", {"loss": "ipo", "bata": 0.1, "tau": 0.1}, "runs.ipo.bata: no such parameter of 'ipo'"),
-        ("ipo", {"loss": "ipo", "tua": 0.1}, "it reads: tau; any run may also set learning_rate, num_epochs. Did you mean 'tau'?"),
-        ("ipo", {"loss": "ipo", "tau": 0.1, "beta": 0.1}, "runs.ipo.beta: no such parameter of 'ipo'"),
-        ("x", {"loss": "dpoo", "beta": 0.1}, "runs.x.loss: no such loss, got 'dpoo'; known: dpo, ipo, "),
+        ("ipo", {"loss": "ipo", "bata": 0.1, "tau": 0.1},
+         "runs.ipo.bata: no such parameter of 'ipo'"),
+        ("ipo", {"loss": "ipo", "tua": 0.1}, "it reads: tau; any run may also set learning_rate, "),
+        ("ipo", {"loss": "ipo", "tua": 0.1}, "Did you mean 'tau'?"),
+        ("ipo", {"loss": "ipo", "tau": 0.1, "beta": 0.1},
+         "runs.ipo.beta: no such parameter of 'ipo'"),
+        ("x", {"loss": "dpoo", "beta": 0.1},
+         "runs.x.loss: no such loss, got 'dpoo'; known: dpo, ipo, "),
         ("x", {"loss": "dpoo", "beta": 0.1}, "Did you mean 'dpo'?"),
         ("x", {"beta": 0.1}, "runs.x.loss: no such loss, got None; known: dpo"),
         ("x", {"loss": ["dpo"], "beta": 0.1}, "runs.x.loss: no such loss, got ['dpo']; known: dpo"),

@@ -34,6 +34,7 @@ def prepared(base: Path, write_params: Write) -> Callable[..., dict[str, list[An
             write_jsonl(Path("data.jsonl"), rows)
         defaults = {
             "data.source": "data.jsonl",
+            "data.num_train": None,
             "data.num_validation": 3,
             "data.num_test": 4,
             "data.max_completion_tokens": 24,
@@ -151,8 +152,14 @@ def test_a_missing_data_file_is_refused(prepared: Callable[..., Any]) -> None:
 
 
 def test_too_few_prompts_for_the_splits_are_refused(prepared: Callable[..., Any]) -> None:
-    with refused("data: too few prompts for the splits, got 7 different ones for 3 validation"):
+    with refused("data: too few prompts for the splits, got 7 different ones for "):
         prepared(GOOD[:7])
+
+
+def test_the_training_split_is_of_the_size_that_was_asked_for(prepared: Callable[..., Any]) -> None:
+    assert prepared(GOOD, **{"data.num_train": 5})["split"].count("train") == 5
+    with refused("data: too few prompts for the splits, got 20 different ones for 14 training, 3"):
+        prepared(GOOD, **{"data.num_train": 14})
 
 
 def test_splits_share_no_prompt_whatever_its_case(prepared: Callable[..., Any]) -> None:
