@@ -75,6 +75,7 @@ def _run_outdated(
         if not running:
             return done, failed
         future = ended.get()
+        future.wait()  # It has ended, but does not know its state before it is asked to wait.
         (done if future.state.is_completed() else failed).add(running.pop(future))
 
 

@@ -38,7 +38,10 @@ def connected() -> Iterator[str]:
         yield configured
         return
     with own_server(HOME) as url, temporary_settings({PREFECT_API_URL: url}):
-        yield url
+        try:
+            yield url
+        finally:
+            _deliver()
 
 
 @contextmanager
@@ -61,6 +64,15 @@ def own_server(home: Path) -> Iterator[str]:
         server = supervisor.start(command, environment, log)
         _await_health(server, url, home / "server.log")
         yield url
+
+
+def _deliver() -> None:
+    """Send what Prefect has still to send; else it tries for a minute after the server's end."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.instance().drain()
+    EventsWorker.drain_all()
 
 
 def _await_health(server: subprocess.Popen[bytes], url: str, log: Path) -> None:

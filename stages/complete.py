@@ -56,7 +56,7 @@ def main() -> None:
                 seeds,
                 max_new_tokens=params.data.max_completion_tokens,
                 temperature=evaluation.temperature,
-                eos=tokenizer.eos_token_id,
+                eos=models.eos(tokenizer),
                 batch_size=params.sample.batch_size,
                 progress=bar.update,
             )

@@ -81,6 +81,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(**_source(name))
 
 
+def eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token at which a completion ends."""
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int)
+    return token
+
+
 def load_policy(name: str) -> PreTrainedModel:
     """A causal LM in float32 on the device, in eval mode: dropout would make log-ratios lie."""
     policy = AutoModelForCausalLM.from_pretrained(
@@ -90,11 +97,11 @@ def load_policy(name: str) -> PreTrainedModel:
         # A model read from GGUF calls itself quantized and then refuses to be saved.
         weights = policy.state_dict()
         config = policy.config
-        del config.quantization_config
+        delattr(config, "quantization_config")
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy.load_state_dict(weights)
         policy.tie_weights()
-    return policy.to(device()).eval()
+    return policy.to(device=device()).eval()
 
 
 def save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -107,7 +114,7 @@ def train_only_top(policy: PreTrainedModel, num_layers: int) -> None:
     """Freeze all but the top layers, the final norm included; 0 trains everything."""
     if num_layers == 0:
         return
-    decoder = policy.get_decoder()
+    decoder: Any = policy.get_decoder()
     if num_layers > len(decoder.layers):
         raise ValueError(
             f"top_layers: more than the model has, got {num_layers}; at most {len(decoder.layers)}"

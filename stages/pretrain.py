@@ -72,7 +72,7 @@ def main() -> None:
     }
     samples = sampled(policy, tokenizer, recipe)
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
-    save(policy.to(torch.bfloat16), tokenizer, arguments.out)
+    save(policy.to(dtype=torch.bfloat16), tokenizer, arguments.out)
     card = model_card(arguments.recipe, recipe, figures, samples)
     (arguments.out / "README.md").write_text(card)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 
 from prefopt.divergences import Divergence, divergence
 from prefopt.losses import LOSSES
-from stages.params import Optimiser, Params, Strict, checked, did_you_mean
+from stages.params import Optimiser, Params, checked, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def bind(params: Params, name: str) -> Run:
 
 
 @functools.cache
-def hyperparameter_schema(name: str, function: Callable[..., Any]) -> type[Strict]:
+def hyperparameter_schema(name: str, function: Callable[..., Any]) -> type[BaseModel]:
     """The keyword parameters of a loss as a pydantic model."""
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():

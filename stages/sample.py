@@ -43,7 +43,7 @@ def main() -> None:
                 [compute.seed * 1_000_003 + index for index in range(len(rows))],
                 max_new_tokens=params.data.max_completion_tokens,
                 temperature=settings.temperature,
-                eos=tokenizer.eos_token_id,
+                eos=models.eos(tokenizer),
                 batch_size=settings.batch_size,
                 progress=bar.update,
             )

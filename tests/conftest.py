@@ -1,6 +1,7 @@
 """The smallest true things: a random two-layer Llama, a byte tokenizer, an empty workplace."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis.configuration import set_hypothesis_home_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROJECT = Path(__file__).parents[1]
 VOCAB_SIZE = 259  # 256 bytes and three control tokens
+
+# Hypothesis would keep a folder in the project's root.
+HYPOTHESIS_HOME = tempfile.TemporaryDirectory()
+set_hypothesis_home_dir(HYPOTHESIS_HOME.name)
+
+
+def pytest_unconfigure() -> None:
+    HYPOTHESIS_HOME.cleanup()
 
 
 def llama(

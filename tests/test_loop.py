@@ -271,6 +271,16 @@ def test_a_loss_that_is_not_finite_is_refused_before_it_moves_the_policy(bad: fl
     assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), weights, strict=True))
 
 
+def test_a_loss_that_is_not_finite_is_refused_though_its_gradient_is() -> None:
+    policy = network()
+
+    def objective(step: int) -> Iterator[tuple[Tensor, Metrics]]:
+        yield policy(torch.ones(1, 4)).sum() + math.inf, {}
+
+    with pytest.raises(FloatingPointError, match=r"step 0: loss inf, gradient norm \d"):
+        fit(policy, objective, 2, OPTIMISATION, log=lambda _: None)
+
+
 def test_a_gradient_that_is_not_finite_is_refused() -> None:
     policy = network()
 
