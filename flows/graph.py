@@ -22,9 +22,7 @@ class Plan:
     def ready(self, waiting: Iterable[str], done: Iterable[str]) -> list[str]:
         """Those of the waiting, in order, whose outdated needs are all done."""
         wanted, missing = set(waiting), self.outdated.difference(done)
-        return [
-            name for name in self.order if name in wanted and not self.needs[name] & missing
-        ]
+        return [name for name in self.order if name in wanted and not self.needs[name] & missing]
 
 
 def read_plan() -> Plan:

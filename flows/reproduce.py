@@ -10,10 +10,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 
@@ -59,7 +60,7 @@ def _run_outdated(
     plan: Plan, concurrency: int, supervisor: Supervisor
 ) -> tuple[set[str], set[str]]:
     """Run what can be run; returns the stages that succeeded and those that failed."""
-    environment = stage_environment(str(runtime.flow_run.id))
+    environment = stage_environment(str(flow_run.id))
     done: set[str] = set()
     failed: set[str] = set()
     waiting = set(plan.outdated)

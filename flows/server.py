@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ QUIET = {
 
 
 @contextmanager
-def connected() -> Iterator[str]:
+def connected() -> Generator[str, None, None]:
     """Speak to the server of PREFECT_API_URL or the profile, else to our own; gives its URL."""
     os.environ.update(QUIET)  # Prefect reads it when it is imported.
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -45,7 +45,7 @@ def connected() -> Iterator[str]:
 
 
 @contextmanager
-def own_server(home: Path) -> Iterator[str]:
+def own_server(home: Path) -> Generator[str, None, None]:
     """Start a server on a free port of the loopback, and stop it at the end; gives its API's URL.
 
     Args:

@@ -42,7 +42,7 @@ class Pairs:
     Args:
         chosen: y_w.
         rejected: y_l.
-        preference: P(chosen > rejected), in [0.5, 1].
+        preference: P(chosen > rejected) by who labelled; below 0.5 where a coin fell the other way.
     """
 
     chosen: Scored

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +149,7 @@ class Workspace:
 @contextmanager
 def stage(
     name: str, *, inputs: Sequence[Path], outputs: Sequence[Path], params: Any
-) -> Iterator[Workspace]:
+) -> Generator[Workspace, None, None]:
     """Run a stage's body so that its outputs appear whole or not at all.
 
     One process at a time holds a stage. Its inputs (files, parameters, this project's modules that
@@ -226,7 +226,7 @@ def _fingerprint(paths: Sequence[Path], params: Any) -> str:
 
 
 @contextmanager
-def _held(name: str) -> Iterator[None]:
+def _held(name: str) -> Generator[None, None, None]:
     locks = WORK / "locks"
     locks.mkdir(exist_ok=True)
     with open(locks / name.replace("@", "-"), "w") as file:

@@ -6,6 +6,7 @@ pickles, and no model brings its own code.
 """
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,17 @@ def check(name: str) -> None:
                 raise ValueError(
                     f"{file}: damaged weights, got {error}; restore the file"
                 ) from error
-    tokenizer, config = load_tokenizer(name), load_config(name)
+        index = directory / "model.safetensors.index.json"
+        named = json.loads(index.read_text())["weight_map"].values() if index.exists() else []
+        missing = sorted(set(named) - {file.name for file in weights})
+        if missing:
+            raise ValueError(f"{directory}: weights are missing, got no {missing}; restore them")
+    try:
+        tokenizer, config = load_tokenizer(name), load_config(name)
+    except OSError as error:
+        raise ValueError(
+            f"base: '{name}' cannot be loaded, got {error}; restore its files, or mend the name"
+        ) from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"base: '{name}' has a tokenizer that does not fit its model, got {len(tokenizer)} "
@@ -81,6 +92,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(**_source(name))
 
 
+def bos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token before every prompt; a tokenizer without one starts with its end of sequence."""
+    token = tokenizer.bos_token_id
+    return token if isinstance(token, int) else eos(tokenizer)
+
+
 def eos(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token at which a completion ends."""
     token = tokenizer.eos_token_id
@@ -101,7 +118,8 @@ def load_policy(name: str) -> PreTrainedModel:
         policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy.load_state_dict(weights)
         policy.tie_weights()
-    return policy.to(device=device()).eval()
+    torch.nn.Module.to(policy, device())
+    return policy.eval()
 
 
 def save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

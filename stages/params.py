@@ -158,9 +158,25 @@ def read_yaml(path: Path) -> Any:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValueError(f"{path}: has a YAML alias, got '*'; write the value out")
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader), path)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML, got {error}; mend that line") from error
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+    """YAML would keep the last of them and say nothing."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[Any] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"{path}:{line}: a key twice, got '{key.value}'; keep one")
+            seen.add(key.value)
+            _refuse_repeated_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated_keys(value, path)
 
 
 def dump_yaml(tree: Any) -> str:

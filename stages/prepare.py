@@ -42,9 +42,7 @@ def main() -> None:
         texts = texts[-len(split) :]
         tokenizer = models.load_tokenizer(params.base)
         context = models.load_config(params.base).max_position_embeddings
-        bos = (
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        )
+        bos, eos = models.bos(tokenizer), models.eos(tokenizer)
 
         def ids(column: list[str]) -> list[list[int]]:
             # Control tokens written out in a text stay text.
@@ -53,7 +51,7 @@ def main() -> None:
             ]
 
         def completion_ids(column: list[str]) -> list[list[int]]:
-            rows = [[*row, tokenizer.eos_token_id] for row in ids(column)]
+            rows = [[*row, eos] for row in ids(column)]
             return [row[: data.max_completion_tokens] for row in rows]
 
         prompts = [[bos, *row] for row in ids([text.prompt for text in texts])]
@@ -105,8 +103,8 @@ def read_reviews(prompt_words: int) -> Iterator[Text]:
 
 def read_jsonl(data: Data) -> Iterator[Text]:
     path = Path(data.source)
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
-    with opened as file:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             yield parse(line, f"{path}:{number}")
 

@@ -23,7 +23,7 @@ from prefopt.loop import Checkpoints, Metrics, Optimisation, fit
 from prefopt.packing import steps_of_rows
 from prefopt.scoring import Row, token_logps
 from stages.artefacts import program
-from stages.models import DTYPES, save
+from stages.models import DTYPES, bos, eos, save
 from stages.params import Pretrain, load_pretrain
 
 OPENINGS = ["This movie", "The acting", "I watched this", "A film about", "The worst part"]
@@ -56,9 +56,9 @@ def main() -> None:
             num_key_value_heads=recipe.num_heads,
             max_position_embeddings=recipe.context,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=bos(tokenizer),
+            eos_token_id=eos(tokenizer),
+            pad_token_id=list(SPECIAL).index("pad_token"),
         )
     ).eval()
     train(policy, stream, recipe, Checkpoints(work / "checkpoints", every=recipe.checkpoint_every))
@@ -71,8 +71,9 @@ def main() -> None:
         "bits per byte on held-out reviews": bits_per_byte(policy, held_out, tokenizer, recipe),
     }
     samples = sampled(policy, tokenizer, recipe)
-    policy.generation_config.eos_token_id = tokenizer.eos_token_id
-    save(policy.to(dtype=torch.bfloat16), tokenizer, arguments.out)
+    policy.generation_config.eos_token_id = eos(tokenizer)
+    torch.nn.Module.to(policy, torch.bfloat16)
+    save(policy, tokenizer, arguments.out)
     card = model_card(arguments.recipe, recipe, figures, samples)
     (arguments.out / "README.md").write_text(card)
 
@@ -122,7 +123,7 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, cache: Path) ->
     ids: list[int] = []
     for start in tqdm(range(0, len(texts), 1000), desc="tokenise", unit="k reviews"):
         for row in tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"]:
-            ids += [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]
+            ids += [bos(tokenizer), *row, eos(tokenizer)]
     stream = np.array(ids, dtype=np.uint16)
     np.save(cache, stream)
     return stream
@@ -180,11 +181,11 @@ def bits_per_byte(
     """
     nats, num_bytes = 0.0, 0
     for text in tqdm(texts, desc="held out", unit="review", mininterval=10):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [eos(tokenizer)]
         num_bytes += len(text.encode())
         window = recipe.context - 1
         for start in range(0, len(ids), window):
-            row = Row(prompt=[tokenizer.bos_token_id], completion=ids[start : start + window])
+            row = Row(prompt=[bos(tokenizer)], completion=ids[start : start + window])
             nats -= token_logps(policy, [row])[0].sum().item()
     return nats / math.log(2) / num_bytes
 
@@ -194,7 +195,7 @@ def sampled(
 ) -> list[str]:
     """The first samples of fixed openings, none left out."""
     prompts = [
-        [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        [bos(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
         for text in OPENINGS
     ]
     completions = sample(
@@ -203,13 +204,17 @@ def sampled(
         [recipe.seed + row for row in range(len(prompts))],
         max_new_tokens=60,
         temperature=0.8,
-        eos=tokenizer.eos_token_id,
+        eos=eos(tokenizer),
         batch_size=len(prompts),
         progress=lambda _: None,
     )
     return [
-        opening + tokenizer.decode(completion, skip_special_tokens=True)
-        for opening, completion in zip(OPENINGS, completions, strict=True)
+        opening + completion
+        for opening, completion in zip(
+            OPENINGS,
+            tokenizer.batch_decode(completions, skip_special_tokens=True),
+            strict=True,
+        )
     ]
 
 

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +69,7 @@ class Journal:
 @contextmanager
 def track(
     run: str, *, recipe: str, params: dict[str, Any], datasets: dict[str, str]
-) -> Iterator[Journal]:
+) -> Generator[Journal, None, None]:
     """Journal one training; what is raised inside ends it as FAILED."""
     journal = Journal(run)
     journal.write(
