@@ -56,7 +56,7 @@ def test_a_batch_holds_the_rows_that_its_pairs_point_at(evidence: train.Evidence
 
 def test_a_reference_of_other_rows_is_refused(evidence: train.Evidence) -> None:
     write_table(REFERENCE, {"logps": [[-1.0]]}, REFERENCE_SCHEMA)
-    with pytest.raises(ValueError, match="not row for row with .*, got 1 rows for 3"):
+    with pytest.raises(ValueError, match=r"not row for row with .*, got 1 rows for 3"):
         train.Evidence()
 
 
