@@ -1,6 +1,7 @@
 """Train one run on its pairs: `python -m stages.train RUN`."""
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,16 @@ class Evidence:
                 f"{REFERENCE}: not row for row with {COMPLETIONS}, got {len(self.reference)} rows "
                 f"for {len(self.rows)}; run `dvc repro reference`"
             )
+        # What a pair takes of a micro-batch, both sides padded to the longer one.
+        self.lengths = [
+            2 * max(len(self.rows[chosen]), len(self.rows[rejected]))
+            for chosen, rejected in zip(self.pairs["chosen"], self.pairs["rejected"], strict=True)
+        ]
+
+    def num_tokens(self, pairs: list[int]) -> int:
+        """Tokens of both sides of the pairs, prompts included, padding excluded."""
+        sides = [self.pairs[side][pair] for side in ("chosen", "rejected") for pair in pairs]
+        return sum(len(self.rows[row]) for row in sides)
 
     def assemble(self, pairs: list[int], logps: list[Tensor]) -> Pairs:
         """The batch of `pairs`, from the log-probabilities of their chosen, then rejected rows."""
@@ -89,19 +100,21 @@ def main() -> None:
         "train": run.optimiser.model_dump(),
         "run": params.runs[name],
     }
+    datasets = [path for path in (PROMPTS, COMPLETIONS, PAIRS) if path.exists()]
     with (
-        stage(
-            f"train@{name}",
-            inputs=[COMPLETIONS, PAIRS, REFERENCE, SFT],
-            outputs=[model_of(name), curve_of(name), logratios_of(name)],
-            params=relevant,
-        ) as workspace,
+        # Outermost, so that a training whose outputs are refused in the end is no FINISHED one.
         track(
             name,
             recipe=params.recipe,
             params={**run.optimiser.model_dump(), **run.hyperparameters, **compute.model_dump()},
-            datasets={path.stem: digest(path) for path in (PROMPTS, COMPLETIONS, PAIRS)},
+            datasets={path.stem: digest(path) for path in datasets},
         ) as journal,
+        stage(
+            f"train@{name}",
+            inputs=[PROMPTS, COMPLETIONS, PAIRS, REFERENCE, SFT],
+            outputs=[model_of(name), curve_of(name), logratios_of(name)],
+            params=relevant,
+        ) as workspace,
     ):
         evidence = Evidence()
         policy = models.load_policy(str(SFT))
@@ -112,9 +125,12 @@ def main() -> None:
             run.optimiser.num_epochs,
             compute.seed,
         )
+        tokens_before = [0, *itertools.accumulate(map(evidence.num_tokens, steps))]
         train(
             policy,
-            lambda step: objective(policy, evidence, run, compute, steps[step], step),
+            lambda step: objective(
+                policy, evidence, run, compute, steps[step], step, tokens_before[step]
+            ),
             len(steps),
             run.optimiser,
             workspace,
@@ -137,14 +153,14 @@ def objective(
     compute: Compute,
     pairs: list[int],
     step: int,
+    tokens_before: int,
 ) -> Iterator[tuple[Tensor, Metrics]]:
-    """The micro-batches of one step; losses and metrics are shares of the step's mean."""
+    """The micro-batches of one step; losses and metrics are shares of the step's mean.
+
+    `num_tokens` counts from the training's start, as TRL's does: `tokens_before` before this step.
+    """
     table, rows = evidence.pairs, evidence.rows
-    lengths = [
-        2 * max(len(rows[chosen]), len(rows[rejected]))
-        for chosen, rejected in zip(table["chosen"], table["rejected"], strict=True)
-    ]
-    for batch in micro_batches(pairs, lengths, compute.token_budget):
+    for batch in micro_batches(pairs, evidence.lengths, compute.token_budget):
         sides = [table[side][pair] for side in ("chosen", "rejected") for pair in batch]
         logps = token_logps(
             policy, [rows[row] for row in sides], compute_dtype=models.DTYPES[compute.dtype]
@@ -153,11 +169,10 @@ def objective(
         losses = run.loss(evidence_batch)
         if step == 0:
             check_step_0(losses.detach(), run)
-        num_tokens = sum(len(rows[row]) for row in sides)
-        yield (
-            losses.sum() / len(pairs),
-            pair_metrics(evidence_batch, run.beta, len(pairs)) | {"num_tokens": num_tokens},
-        )
+        metrics = pair_metrics(evidence_batch, run.beta, len(pairs))
+        metrics["num_tokens"] = tokens_before + evidence.num_tokens(batch)
+        tokens_before = 0
+        yield losses.sum() / len(pairs), metrics
 
 
 def check_step_0(losses: Tensor, run: Run) -> None:

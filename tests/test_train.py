@@ -54,6 +54,13 @@ def test_a_batch_holds_the_rows_that_its_pairs_point_at(evidence: train.Evidence
     assert pairs.preference.tolist() == [0.75, 1.0]
 
 
+def test_tokens_are_counted_with_their_prompts_and_without_padding(
+    evidence: train.Evidence,
+) -> None:
+    assert evidence.num_tokens([0]) == (2 + 3) + (1 + 2)
+    assert evidence.num_tokens([0, 1]) == evidence.num_tokens([0]) + (1 + 1) + (1 + 2)
+
+
 def test_a_reference_of_other_rows_is_refused(evidence: train.Evidence) -> None:
     write_table(REFERENCE, {"logps": [[-1.0]]}, REFERENCE_SCHEMA)
     with pytest.raises(ValueError, match=r"not row for row with .*, got 1 rows for 3"):
