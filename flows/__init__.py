@@ -1,0 +1,1 @@
+"""Orchestration: Prefect, DVC, the command `prefopt`. No machine learning."""

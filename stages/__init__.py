@@ -1,0 +1,1 @@
+"""Programs joined by files: artefacts in, artefacts out. `python -m stages.NAME`."""
