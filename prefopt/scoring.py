@@ -37,21 +37,39 @@ def token_logps(
         rows: one micro-batch.
         compute_dtype: dtype of the matrix products; parameters and results stay as they are.
     """
-    device = next(policy.parameters()).device
-    tokens = _right_padded(rows).to(device)
-    first = min(len(row.prompt) for row in rows) - 1
-    with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
-        logits = policy(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
-    targets = tokens[:, first + 1 :]
-    # Flat, because a cross-entropy over a strided axis is a fifth slower on a CPU.
-    nats = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
-    )
-    logps = -nats.view_as(targets)
-    return [
-        logp[len(row.prompt) - 1 - first : len(row) - 1 - first]
-        for logp, row in zip(logps, rows, strict=True)
-    ]
+    positions = _read(policy, rows, compute_dtype)
+    return positions.by_row(positions.logps())
+
+
+def token_logps_and_collisions(
+    policy: nn.Module, rows: Sequence[Row], *, compute_dtype: torch.dtype = torch.float32
+) -> tuple[list[Float[Tensor, " tokens"]], list[Float[Tensor, " tokens"]]]:
+    """`token_logps`, and log sum_v pi(v)^2 of the same positions, which carries no gradient.
+
+    The second is the log-probability that two draws of the next token agree.
+    """
+    positions = _read(policy, rows, compute_dtype)
+    with torch.no_grad():
+        collisions = (2 * positions.logits.log_softmax(-1)).logsumexp(-1)
+    return positions.by_row(positions.logps()), positions.by_row(collisions)
+
+
+def token_logps_and_kls(
+    policy: nn.Module,
+    reference: nn.Module,
+    rows: Sequence[Row],
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[list[Float[Tensor, " tokens"]], list[Float[Tensor, " tokens"]]]:
+    """`token_logps`, and KL(reference || policy) of the next token at the same positions, in nats.
+
+    Over the whole vocabulary; both carry the policy's gradient.
+    """
+    with torch.no_grad():
+        expected = _read(reference, rows, compute_dtype).logits.log_softmax(-1)
+    positions = _read(policy, rows, compute_dtype)
+    kls = (expected.exp() * (expected - positions.logits.log_softmax(-1))).sum(-1)
+    return positions.by_row(positions.logps()), positions.by_row(kls)
 
 
 @torch.no_grad()
@@ -80,6 +98,37 @@ def score(
             logps[i] = logp.tolist()
         progress(len(batch))
     return logps
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """What a model says of the next token, at all positions of padded rows from `first` on."""
+
+    logits: Float[Tensor, "positions vocab"]
+    targets: Int[Tensor, " positions"]
+    rows: Sequence[Row]
+    first: int
+
+    def logps(self) -> Float[Tensor, " positions"]:
+        # Flat, because a cross-entropy over a strided axis is a fifth slower on a CPU.
+        return -F.cross_entropy(self.logits, self.targets, reduction="none")
+
+    def by_row(self, values: Float[Tensor, " positions"]) -> list[Float[Tensor, " tokens"]]:
+        """The values at completion tokens, row for row."""
+        return [
+            value[len(row.prompt) - 1 - self.first : len(row) - 1 - self.first]
+            for value, row in zip(values.view(len(self.rows), -1), self.rows, strict=True)
+        ]
+
+
+def _read(policy: nn.Module, rows: Sequence[Row], compute_dtype: torch.dtype) -> _Positions:
+    device = next(policy.parameters()).device
+    tokens = _right_padded(rows).to(device)
+    first = min(len(row.prompt) for row in rows) - 1
+    with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+        logits = policy(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
+    targets = tokens[:, first + 1 :].flatten()
+    return _Positions(logits[:, :-1].flatten(0, 1).float(), targets, rows, first)
 
 
 def _right_padded(rows: Sequence[Row]) -> Int[Tensor, "batch time"]:

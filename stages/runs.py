@@ -5,16 +5,35 @@ function itself, so a key that the chosen loss does not read is an error.
 """
 
 import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from prefopt.divergences import Divergence, divergence
-from prefopt.losses import LOSSES
-from stages.params import Optimiser, Params, checked, did_you_mean
+from prefopt.divergences import Divergence, divergence, dpo_inducing_divergence
+from prefopt.domains import DPOInducing
+from prefopt.losses import LOSSES, Loss
+from prefopt.losses.formulas import hyperparameters_of
+from prefopt.psi import Psi, psi
+from stages.params import Optimiser, Params, Strict, checked, did_you_mean
+
+# Evidence that pairs give, with policy and reference at hand.
+TRAINABLE = ("Pairs", "SharedPairs", "WeightedPairs", "SequentialPairs", "Labelled")
+
+READERS: dict[Any, Any] = {
+    Divergence: Annotated[Divergence, BeforeValidator(divergence)],
+    DPOInducing: Annotated[Divergence, BeforeValidator(dpo_inducing_divergence)],
+    Psi: Annotated[Psi, BeforeValidator(psi)],
+}
+
+
+class Options(Strict):
+    """What a run may say beside its loss's hyperparameters and the optimiser's overrides."""
+
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+OVERRIDES = ("learning_rate", "num_epochs")
 
 
 @dataclass(frozen=True)
@@ -22,18 +41,18 @@ class Run:
     """One row of `runs`, ready to train.
 
     Args:
-        loss: the loss with its hyperparameters bound; takes a batch.
-        at_reference: the loss's value at policy = reference.
-        beta: what turns a log-ratio into an implicit reward for the metrics (1 without a beta).
+        loss: the row of the table of losses.
+        hyperparameters: the loss's, all of them, as its function takes them.
+        sft_weight: weight of the chosen completions' mean NLL a token, added to the loss.
         optimiser: the `train` section with this run's overrides.
-        hyperparameters: as the person wrote them, for tracking.
+        written: all as the person wrote it, for tracking.
     """
 
-    loss: Callable[..., Any]
-    at_reference: float
-    beta: float
-    optimiser: Optimiser
+    loss: Loss
     hyperparameters: dict[str, Any]
+    sft_weight: float
+    optimiser: Optimiser
+    written: dict[str, Any]
 
 
 def bind(params: Params, name: str) -> Run:
@@ -45,51 +64,73 @@ def bind(params: Params, name: str) -> Run:
             + did_you_mean(name, params.runs)
         )
     row = dict(params.runs[name])
-    loss_name = row.pop("loss", None)
-    if not isinstance(loss_name, str) or loss_name not in LOSSES:
-        raise ValueError(
-            f"{where}.loss: no such loss, got {loss_name!r}; known: {', '.join(LOSSES)}"
-            + did_you_mean(str(loss_name), LOSSES)
-        )
-    entry = LOSSES[loss_name]
-    overrides = {key: row.pop(key) for key in ("learning_rate", "num_epochs") if key in row}
-    optimiser = checked(Optimiser, {**params.train.model_dump(), **overrides}, where)
-    schema = hyperparameter_schema(loss_name, entry.function)
+    loss = _loss(row.pop("loss", None), where)
+    overrides = {key: row.pop(key) for key in OVERRIDES if key in row}
+    options = {key: row.pop(key) for key in Options.model_fields if key in row}
+    schema = hyperparameter_schema(loss)
     for key in row:
         if key not in schema.model_fields:
             reads = list(schema.model_fields)
+            others = ", ".join((*OVERRIDES, *Options.model_fields))
             raise ValueError(
-                f"{where}.{key}: no such parameter of '{loss_name}', got {row[key]!r}; it reads: "
-                f"{', '.join(reads)}; any run may also set learning_rate, num_epochs"
-                + did_you_mean(key, reads)
+                f"{where}.{key}: no such parameter of '{loss.name}', got {row[key]!r}; it reads: "
+                f"{', '.join(reads)}; any run may also set {others}" + did_you_mean(key, reads)
             )
     model = checked(schema, row, where)
-    values = {key: getattr(model, key) for key in schema.model_fields}
-    return Run(
-        loss=functools.partial(entry.function, **values),
-        at_reference=entry.at_reference(**values),
-        beta=values.get("beta", 1.0),
-        optimiser=optimiser,
-        hyperparameters={"loss": loss_name, **row, **overrides},
+    run = Run(
+        loss=loss,
+        hyperparameters={key: getattr(model, key) for key in schema.model_fields},
+        sft_weight=checked(Options, options, where).sft_weight,
+        optimiser=checked(Optimiser, {**params.train.model_dump(), **overrides}, where),
+        written=dict(params.runs[name]),
     )
+    _check_evidence(run, params, where)
+    return run
+
+
+def _loss(name: Any, where: str) -> Loss:
+    if not isinstance(name, str) or name not in LOSSES:
+        raise ValueError(
+            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}"
+            + did_you_mean(str(name), LOSSES)
+        )
+    return LOSSES[name]
+
+
+def _check_evidence(run: Run, params: Params, where: str) -> None:
+    """Refuse what this pipeline's pairs cannot train."""
+    loss = run.loss
+    if loss.evidence not in TRAINABLE:
+        able = [row.name for row in LOSSES.values() if row.evidence in TRAINABLE]
+        raise ValueError(
+            f"{where}.loss: reads {loss.evidence}, which no stage makes, got '{loss.name}'; "
+            f"trained from pairs are {', '.join(able)}"
+        )
+    if loss.evidence == "Labelled" and run.optimiser.batch_size < 2:
+        raise ValueError(
+            f"{where}: '{loss.name}' compares with another pair's completion, got a batch_size of "
+            f"{run.optimiser.batch_size}; set train.batch_size to at least 2"
+        )
+    utility = run.hyperparameters.get("psi")
+    if utility is not None and not utility.affine and params.label.method != "bradley_terry":
+        raise ValueError(
+            f"{where}.psi: '{utility}' needs soft preferences, got labels that are certain "
+            f"(label.method {params.label.method}); a hard label stands for its probability only "
+            "under the identity: set label.method to bradley_terry, or psi to identity"
+        )
 
 
 @functools.cache
-def hyperparameter_schema(name: str, function: Callable[..., Any]) -> type[BaseModel]:
+def hyperparameter_schema(loss: Loss) -> type[BaseModel]:
     """The keyword parameters of a loss as a pydantic model."""
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            continue
-        annotation = parameter.annotation
-        if annotation is Divergence:
-            annotation = Annotated[Divergence, BeforeValidator(divergence)]
+    for name, parameter in hyperparameters_of(loss).items():
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (annotation, default)
+        fields[name] = (READERS.get(parameter.annotation, parameter.annotation), default)
     config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
     )
-    return create_model(name, __config__=config, **fields)
+    return create_model(loss.name, __config__=config, **fields)
 
 
 def check_runs(params: Params) -> None:

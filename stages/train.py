@@ -9,82 +9,35 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prefopt.batches import Pairs, Scored
 from prefopt.loop import Metrics
+from prefopt.losses.formulas import implicit_rewards, value
+from prefopt.losses.likelihood import nll
 from prefopt.packing import micro_batches, steps_of_rows
-from prefopt.scoring import Row, score, token_logps
+from prefopt.scoring import score
 from stages import models
 from stages.artefacts import (
     COMPLETIONS,
-    COMPLETIONS_SCHEMA,
     LOGRATIOS_SCHEMA,
     PAIRS,
-    PAIRS_SCHEMA,
     PROMPTS,
     REFERENCE,
-    REFERENCE_SCHEMA,
     SFT,
     curve_of,
     digest,
     logratios_of,
     model_of,
     program,
-    read_table,
     stage,
     write_table,
 )
+from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, pairs_within
 from stages.params import Compute, load_params
 from stages.runs import Run, bind
 from stages.tracking import track
 from stages.training import train
 
 # Policy and reference are scored in different micro-batches, whose sums round differently.
-STEP_0_TOLERANCE = 1e-3
-
-
-class Evidence:
-    """Completions with their reference, and the pairs that point at them."""
-
-    def __init__(self) -> None:
-        completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
-        self.rows = list(map(Row, completions["prompt"], completions["completion"]))
-        self.pairs = read_table(PAIRS, PAIRS_SCHEMA)
-        self.reference = [sum(logps) for logps in read_table(REFERENCE, REFERENCE_SCHEMA)["logps"]]
-        if len(self.reference) != len(self.rows):
-            raise ValueError(
-                f"{REFERENCE}: not row for row with {COMPLETIONS}, got {len(self.reference)} rows "
-                f"for {len(self.rows)}; run `dvc repro reference`"
-            )
-        # What a pair takes of a micro-batch, both sides padded to the longer one.
-        self.lengths = [
-            2 * max(len(self.rows[chosen]), len(self.rows[rejected]))
-            for chosen, rejected in zip(self.pairs["chosen"], self.pairs["rejected"], strict=True)
-        ]
-
-    def num_tokens(self, pairs: list[int]) -> int:
-        """Tokens of both sides of the pairs, prompts included, padding excluded."""
-        sides = [self.pairs[side][pair] for side in ("chosen", "rejected") for pair in pairs]
-        return sum(len(self.rows[row]) for row in sides)
-
-    def assemble(self, pairs: list[int], logps: list[Tensor]) -> Pairs:
-        """The batch of `pairs`, from the log-probabilities of their chosen, then rejected rows."""
-
-        def scored(column: str, logps: list[Tensor]) -> Scored:
-            rows = [self.pairs[column][pair] for pair in pairs]
-            return Scored(
-                logp=torch.stack([logp.sum() for logp in logps]),
-                reference_logp=torch.tensor(
-                    [self.reference[row] for row in rows], device=logps[0].device
-                ),
-                tokens=torch.tensor([len(self.rows[row].completion) for row in rows]),
-            )
-
-        half = len(pairs)
-        return Pairs(
-            chosen=scored("chosen", logps[:half]),
-            rejected=scored("rejected", logps[half:]),
-            preference=torch.tensor([self.pairs["preference"][pair] for pair in pairs]),
-        )
+STEP_0_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def main() -> None:
@@ -106,7 +59,7 @@ def main() -> None:
         track(
             name,
             recipe=params.recipe,
-            params={**run.optimiser.model_dump(), **run.hyperparameters, **compute.model_dump()},
+            params={**run.optimiser.model_dump(), **run.written, **compute.model_dump()},
             datasets={path.stem: digest(path) for path in datasets},
         ) as journal,
         stage(
@@ -119,6 +72,9 @@ def main() -> None:
         evidence = Evidence()
         policy = models.load_policy(str(SFT))
         models.train_only_top(policy, run.optimiser.top_layers)
+        alive = run.loss.evidence in READS_LIVE_REFERENCE
+        reference = models.load_policy(str(SFT)).requires_grad_(False) if alive else None
+        pair = Models(policy, reference, models.DTYPES[compute.dtype])
         steps = steps_of_rows(
             len(evidence.pairs["chosen"]),
             run.optimiser.batch_size,
@@ -129,7 +85,7 @@ def main() -> None:
         train(
             policy,
             lambda step: objective(
-                policy, evidence, run, compute, steps[step], step, tokens_before[step]
+                pair, evidence, run, compute.token_budget, steps[step], step, tokens_before[step]
             ),
             len(steps),
             run.optimiser,
@@ -147,62 +103,84 @@ def main() -> None:
 
 
 def objective(
-    policy: models.PreTrainedModel,
+    pair: Models,
     evidence: Evidence,
     run: Run,
-    compute: Compute,
+    token_budget: int,
     pairs: list[int],
     step: int,
     tokens_before: int,
 ) -> Iterator[tuple[Tensor, Metrics]]:
     """The micro-batches of one step; losses and metrics are shares of the step's mean.
 
-    `num_tokens` counts from the training's start, as TRL's does: `tokens_before` before this step.
+    The chosen completions' NLL has the step's own normaliser, its chosen tokens. `num_tokens`
+    counts from the training's start, as TRL's does: `tokens_before` before this step.
     """
-    table, rows = evidence.pairs, evidence.rows
-    for batch in micro_batches(pairs, evidence.lengths, compute.token_budget):
-        sides = [table[side][pair] for side in ("chosen", "rejected") for pair in batch]
-        logps = token_logps(
-            policy, [rows[row] for row in sides], compute_dtype=models.DTYPES[compute.dtype]
-        )
-        evidence_batch = evidence.assemble(batch, logps)
-        losses = run.loss(evidence_batch)
+    chosen_tokens = evidence.num_chosen_tokens(pairs)
+    for cut in micro_batches(pairs, evidence.lengths, token_budget):
+        batch = evidence.batch(run.loss.evidence, cut, pairs, pair)
+        losses = run.loss.function(batch, **run.hyperparameters)
         if step == 0:
-            check_step_0(losses.detach(), run)
-        metrics = pair_metrics(evidence_batch, run.beta, len(pairs))
-        metrics["num_tokens"] = tokens_before + evidence.num_tokens(batch)
+            check_step_0(batch, losses.detach(), run, pair.compute_dtype)
+        # An unpaired loss has two examples a pair.
+        loss = losses.sum() / (len(pairs) * (len(losses) // len(cut)))
+        metrics = pair_metrics(batch, run, len(pairs))
+        if run.sft_weight:
+            likelihood = nll(pairs_within(batch).chosen, chosen_tokens)
+            metrics["nll"] = likelihood.item()
+            loss = loss + run.sft_weight * likelihood
+        metrics["num_tokens"] = tokens_before + evidence.num_tokens(cut)
         tokens_before = 0
-        yield losses.sum() / len(pairs), metrics
+        yield loss, metrics
 
 
-def check_step_0(losses: Tensor, run: Run) -> None:
-    """Before the first update policy = reference, where every loss has a value known beforehand.
+def check_step_0(batch: Any, losses: Tensor, run: Run, compute_dtype: torch.dtype) -> None:
+    """Before the first update the policy is the reference, where most losses declare their value.
 
     Raises:
         ValueError: if it has another: the policy is not the reference that was scored.
     """
-    worst = (losses - run.at_reference).abs().max().item()
-    if not worst <= STEP_0_TOLERANCE * max(1.0, abs(run.at_reference)):
+    if not run.loss.at_reference:
+        return
+    at_reference = value(run.loss, run.loss.at_reference, batch.symbols(), run.hyperparameters)
+    declared = at_reference.detach().expand_as(losses)
+    deviation = ((losses - declared).abs() / declared.abs().clamp(min=1)).max().item()
+    if not deviation <= STEP_0_TOLERANCE[compute_dtype]:
         raise ValueError(
-            f"step 0: the loss must be {run.at_reference:.6f} where the policy is the reference, "
-            f"got {losses.tolist()}; {REFERENCE} was made by other weights, tokens or dtype than "
+            f"step 0: '{run.loss.name}' must be {run.loss.at_reference} = "
+            f"{declared.mean().item():.6f} where the policy is the reference, got "
+            f"{losses.tolist()}; {REFERENCE} was made by other weights, tokens or dtype than "
             f"{SFT}: run `dvc repro --force reference`"
         )
 
 
 @torch.no_grad()
-def pair_metrics(pairs: Pairs, beta: float, step_size: int) -> dict[str, Any]:
-    """TRL's names; each is this micro-batch's share of the mean over the step's pairs."""
-    chosen, rejected = beta * pairs.chosen.logratio, beta * pairs.rejected.logratio
+def pair_metrics(batch: Any, run: Run, step_size: int) -> dict[str, Any]:
+    """This micro-batch's share of means over the step's pairs; ties count half.
+
+    `rewards/*` are the objective's own implicit rewards (`LOSSES[name].reward`: beta times the
+    divergence's score for f-DPO, beta times log-probability per token for SimPO); `logratios/*` are
+    plain log-ratios in nats, comparable between objectives.
+    """
+    pairs = pairs_within(batch)
+    symbols = (pairs if run.loss.evidence == "Labelled" else batch).symbols()
+    rewards = implicit_rewards(run.loss, symbols, run.hyperparameters)
     values = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/margins": chosen - rejected,
+        **compared("rewards", *rewards),
+        **compared("logratios", pairs.chosen.logratio, pairs.rejected.logratio),
         "logps/chosen": pairs.chosen.logp,
         "logps/rejected": pairs.rejected.logp,
     }
     return {name: value.sum().item() / step_size for name, value in values.items()}
+
+
+def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    return {
+        f"{name}/chosen": chosen,
+        f"{name}/rejected": rejected,
+        f"{name}/accuracies": 0.5 * (torch.sign(chosen - rejected) + 1),
+        f"{name}/margins": chosen - rejected,
+    }
 
 
 def logratios_after(
@@ -219,7 +197,7 @@ def logratios_after(
             progress=bar.update,
         )
     logratio = {
-        row: sum(logp) - evidence.reference[row] for row, logp in zip(used, logps, strict=True)
+        row: sum(logp) - sum(evidence.reference[row]) for row, logp in zip(used, logps, strict=True)
     }
     return {
         side: [logratio[row] for row in evidence.pairs[side]] for side in ("chosen", "rejected")

@@ -18,7 +18,7 @@ MODULES = {
     for folder in FOLDERS
     for path in sorted((PROJECT / folder).rglob("*.py"))
 }
-PREFOPT_MAY_IMPORT = {"torch", "numpy", "jaxtyping", "annotated_types", "safetensors"}
+PREFOPT_MAY_IMPORT = {"torch", "sympy", "numpy", "jaxtyping", "annotated_types", "safetensors"}
 # The only files, or the only folder, that may import a vendor.
 HOMES = {
     "yaml": ["stages/params.py"],

@@ -7,9 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.divergences import DIVERGENCES, Divergence, divergence
+from prefopt.divergences import (
+    DIVERGENCES,
+    Divergence,
+    divergence,
+    dpo_inducing_divergence,
+)
 
-ROWS = [*DIVERGENCES.values(), *(divergence({"alpha": a}) for a in (0.1, 0.5, 0.9))]
+ROWS = [
+    *DIVERGENCES.values(),
+    *(divergence({"alpha": a}) for a in (0.1, 0.5, 0.9)),
+    *(divergence({"squared_log": c}) for c in (0.0, 0.5)),
+]
 every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
 
 # f of t, as methods.md 3.4 writes it.
@@ -17,7 +26,15 @@ GENERATORS = {
     "reverse_kl": lambda t: t * math.log(t),
     "forward_kl": lambda t: -math.log(t),
     "jensen_shannon": lambda t: t * math.log(2 * t / (t + 1)) + math.log(2 / (t + 1)),
+    "squared_hellinger": lambda t: (math.sqrt(t) - 1) ** 2,
+    "jeffreys": lambda t: (t - 1) * math.log(t),
+    "pearson_chi_squared": lambda t: (t - 1) ** 2,
+    "neyman_chi_squared": lambda t: (t - 1) ** 2 / t,
+    "total_variation": lambda t: abs(t - 1) / 2,
+    "mixed_chi_squared": lambda t: (t - 1) ** 2 / 2 + t * math.log(t),
     "squared_log": lambda t: math.log(t) ** 2 / 2,
+    "squared_log(0.0)": lambda t: math.log(t) ** 2 / 2,
+    "squared_log(0.5)": lambda t: (math.log(t) - 0.5) ** 2 / 2,
     **{
         f"alpha({a})": lambda t, a=a: (t ** (1 - a) - (1 - a) * t - a) / (a * (a - 1))
         for a in (0.1, 0.5, 0.9)
@@ -34,41 +51,76 @@ def test_f_is_the_formula(row: Divergence, t: float) -> None:
 
 
 @every_row
-def test_the_derivative_is_that_of_f_up_to_a_constant(row: Divergence) -> None:
-    t = torch.logspace(-3, 3, 61, dtype=torch.float64, requires_grad=True)
+def test_the_derivative_is_that_of_f(row: Divergence) -> None:
+    t = torch.logspace(-3, 3, 60, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(row.f(t.log()).sum(), t)
-    difference = slope - row.derivative(t.detach().log())
-    assert difference.tolist() == pytest.approx([difference[30].item()] * 61, rel=1e-9, abs=1e-9)
+    assert row.derivative(t.detach().log()).tolist() == pytest.approx(
+        slope.tolist(), rel=1e-9, abs=1e-9
+    )
+
+
+@every_row
+def test_the_score_is_the_derivative_less_its_value_at_the_reference(row: Divergence) -> None:
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert row.score(zero).item() == pytest.approx(0, abs=1e-15)
+    u = torch.linspace(-3, 3, 60, dtype=torch.float64)
+    assert (row.derivative(u) - row.score(u)).tolist() == [pytest.approx(row.slope_at_one)] * 60
 
 
 @every_row
 def test_f_of_one_is_zero_so_that_the_divergence_from_itself_is(row: Divergence) -> None:
-    assert row.f(torch.zeros(1, dtype=torch.float64)).item() == pytest.approx(0, abs=1e-12)
+    shift = row.slope_at_one if row.name.startswith("squared_log(") else 0.0
+    found = row.f(torch.zeros(1, dtype=torch.float64)).item()
+    # The shifted one starts at c^2/2, which moves every divergence by the same constant.
+    assert found == pytest.approx(shift**2 / 2, abs=1e-12)
 
 
 @every_row
-def test_the_derivative_falls_without_bound_towards_zero_so_f_induces_dpo(row: Divergence) -> None:
-    slopes = row.derivative(torch.tensor([-10.0, -100.0, -1000.0], dtype=torch.float64)).tolist()
-    # Forward KL and alpha reach the clamp's exponent; the others fall on.
-    assert slopes[0] < -math.log(2)
-    assert slopes[1] < slopes[0]
-    assert slopes[2] <= slopes[1]
+def test_the_slope_at_zero_is_the_limit_of_the_derivative(row: Divergence) -> None:
+    slopes = row.derivative(torch.tensor([-8.0, -16.0, -24.0], dtype=torch.float64)).tolist()
+    if row.dpo_inducing:
+        assert slopes[2] < slopes[1] < slopes[0] < -math.log(2)
+    else:
+        assert slopes[2] == pytest.approx(row.slope_at_zero, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("row", "smallest"),
-    [
-        (row, {"reverse_kl": 1 / math.e}.get(row.name, 1.0))
-        for row in ROWS
-        if row.name != "forward_kl"
-    ],
-    ids=lambda value: str(value),
-)
-def test_f_is_smallest_where_the_table_of_the_methods_says(
-    row: Divergence, smallest: float
-) -> None:
+@every_row
+def test_the_argmin_is_where_f_is_smallest(row: Divergence) -> None:
     u = torch.linspace(-3, 3, 60001, dtype=torch.float64)
-    assert u[row.f(u).argmin()].exp().item() == pytest.approx(smallest, rel=2e-4)
+    where = u[row.f(u).argmin()].exp().item()
+    if math.isinf(row.argmin):
+        assert where == pytest.approx(math.exp(3))
+    else:
+        assert where == pytest.approx(row.argmin, rel=2e-4)
+
+
+@every_row
+def test_a_convex_f_has_a_score_that_never_falls_and_another_one_that_does(
+    row: Divergence,
+) -> None:
+    u = torch.linspace(-10, 10, 2001, dtype=torch.float64)
+    assert bool((row.score(u).diff() >= 0).all()) == row.convex
+
+
+def test_the_two_tests_sort_the_table_as_the_paper_does() -> None:
+    not_inducing = {"pearson_chi_squared", "total_variation"}
+    not_resistant = {"reverse_kl", "mixed_chi_squared"}
+    assert {name for name, d in DIVERGENCES.items() if not d.dpo_inducing} == not_inducing
+    assert {name for name, d in DIVERGENCES.items() if not d.displacement_resistant} == (
+        not_resistant
+    )
+
+
+def test_a_divergence_that_does_not_induce_dpo_is_refused_with_its_counter_example() -> None:
+    message = (
+        r"'pearson_chi_squared' is not DPO-inducing: f'\(0\+\) = -2 is finite.*optimum "
+        r"\(0, 0, 1/3, 2/3\).*or the loss f_dpg"
+    )
+    with pytest.raises(ValueError, match=message):
+        dpo_inducing_divergence("pearson_chi_squared")
+    with pytest.raises(ValueError, match=r"'\(t-1\)\*\*2' is not DPO-inducing"):
+        dpo_inducing_divergence("(t-1)**2")
+    assert dpo_inducing_divergence("(t-1)**2 + t*log(t)").dpo_inducing
 
 
 def test_forward_kl_has_no_smallest_value() -> None:
@@ -78,11 +130,12 @@ def test_forward_kl_has_no_smallest_value() -> None:
 
 @every_row
 @pytest.mark.parametrize("u", [-300.0, 300.0])
-def test_value_derivative_and_their_gradients_are_finite_in_float32(
-    row: Divergence, u: float
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_derivative_and_their_gradients_are_finite(
+    row: Divergence, u: float, dtype: torch.dtype
 ) -> None:
     for function in (row.f, row.derivative):
-        leaf = torch.tensor([u], requires_grad=True)
+        leaf = torch.tensor([u], dtype=dtype, requires_grad=True)
         value = function(leaf)
         value.sum().backward()
         assert leaf.grad is not None
@@ -132,6 +185,18 @@ def test_an_alpha_outside_its_domain_is_refused(alpha: float) -> None:
         divergence({"alpha": alpha})
 
 
-def test_a_mapping_that_is_no_alpha_is_refused() -> None:
+@pytest.mark.parametrize("spec", [{"aplha": 0.5}, {"alpha": True}, {"alpha": 0.5, "c": 1}, 3, None])
+def test_what_is_no_divergence_is_refused(spec: object) -> None:
     with pytest.raises(ValueError, match="unknown divergence"):
-        divergence({"aplha": 0.5})
+        divergence(spec)
+
+
+def test_a_shift_that_would_force_probabilities_down_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"squared_log's shift must lie in \[0, 50\], got -0.5"):
+        divergence({"squared_log": -0.5})
+
+
+def test_a_formula_is_a_divergence() -> None:
+    assert divergence("t*log(t)").argmin == pytest.approx(1 / math.e)
+    with pytest.raises(ValueError, match=r"'x' is not known here, got 'x' in 'x\*\*2'"):
+        divergence("x**2")

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import PROJECT, shipped_params
 
-from prefopt.batches import Pairs, Scored
 from prefopt.losses import LOSSES
-from prefopt.losses.pairwise import dpo, f_dpo
+from prefopt.proofs import cases
 from stages.params import load_params, load_pretrain, read_yaml
-from stages.runs import bind, check_runs
+from stages.runs import TRAINABLE, bind, check_runs
 from stages.training import optimisation
 
 Write = Callable[..., dict[str, Any]]
@@ -34,42 +32,45 @@ def test_every_recipe_of_the_base_is_sound() -> None:
 
 
 def test_a_bound_run_is_its_loss_with_its_hyperparameters(write_params: Write) -> None:
-    write_params(**{"runs.x": {"loss": "dpo", "beta": 0.3, "label_smoothing": 0.1}})
-    run = bind(load_params(), "x")
-    zero = torch.zeros(2)
-    one = torch.ones(2, dtype=torch.long)
-    pairs = Pairs(Scored(torch.tensor([1.0, 2.0]), zero, one), Scored(zero, zero, one), zero)
-    assert torch.equal(run.loss(pairs), dpo(pairs, beta=0.3, label_smoothing=0.1))
-    assert run.at_reference == LOSSES["dpo"].at_reference(beta=0.3)
-    assert run.beta == 0.3
-    assert run.hyperparameters == {"loss": "dpo", "beta": 0.3, "label_smoothing": 0.1}
-
-
-def test_a_divergence_is_written_by_name_or_as_an_alpha(write_params: Write) -> None:
-    write_params(
-        **{
-            "runs.name": {"loss": "f_dpo", "beta": 0.1, "divergence": "squared_log"},
-            "runs.alpha": {"loss": "f_dpo", "beta": 0.1, "divergence": {"alpha": 0.5}},
-        }
-    )
+    written = {"loss": "dpo", "beta": 0.3, "sft_weight": 0.2, "learning_rate": 0.5, "num_epochs": 7}
+    write_params(**{"runs.x": written})
     params = load_params()
-    names = [bind(params, run).loss.keywords["divergence"].name for run in ("name", "alpha")]
-    assert names == ["squared_log", "alpha(0.5)"]
-    assert bind(params, "alpha").loss.func is f_dpo
+    run = bind(params, "x")
+    assert run.loss is LOSSES["dpo"]
+    assert run.hyperparameters == {"beta": 0.3, "label_smoothing": 0.0}
+    assert run.sft_weight == 0.2
+    assert (run.optimiser.learning_rate, run.optimiser.num_epochs) == (0.5, 7)
+    assert run.optimiser.batch_size == params.train.batch_size
+    assert run.written == written
 
 
-def test_a_loss_without_a_beta_reports_log_ratios_as_rewards(write_params: Write) -> None:
-    write_params(**{"runs.x": {"loss": "ipo", "tau": 0.1}})
-    assert bind(load_params(), "x").beta == 1.0
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("squared_log", "squared_log"),
+        ({"alpha": 0.5}, "alpha(0.5)"),
+        ({"squared_log": 1}, "squared_log(1.0)"),
+        ("0.5*log(t)**2", "0.5*log(t)**2"),
+    ],
+)
+def test_a_divergence_is_written_by_name_with_its_parameter_or_as_a_formula(
+    write_params: Write, written: Any, name: str
+) -> None:
+    write_params(**{"runs.x": {"loss": "f_dpo", "beta": 0.1, "divergence": written}})
+    assert bind(load_params(), "x").hyperparameters["divergence"].name == name
 
 
-def test_a_run_overrides_the_shared_optimiser(write_params: Write) -> None:
-    write_params(**{"runs.x": {"loss": "dpo", "beta": 0.1, "learning_rate": 0.5, "num_epochs": 7}})
-    params = load_params()
-    optimiser = bind(params, "x").optimiser
-    assert (optimiser.learning_rate, optimiser.num_epochs) == (0.5, 7)
-    assert optimiser.batch_size == params.train.batch_size
-    assert "learning_rate" not in bind(params, "x").loss.keywords
+def test_every_loss_that_pairs_can_train_binds_from_its_signature(write_params: Write) -> None:
+    special = {"divergence": "squared_log", "psi": "identity"}
+    for loss in LOSSES.values():
+        values = cases(loss)[0].hyperparameters
+        row = {name: special.get(name, value) for name, value in values.items()}
+        write_params(runs={"x": {"loss": loss.name, **row}})
+        if loss.evidence in TRAINABLE:
+            assert set(bind(load_params(), "x").hyperparameters) == set(values)
+        else:
+            with refused(f"runs.x.loss: reads {loss.evidence}, which no stage makes, got '"):
+                check_runs(load_params())
 
 
 def test_the_optimisation_is_the_section_of_that_name(write_params: Write) -> None:
@@ -151,7 +152,7 @@ def test_a_section_with_a_mistake_is_refused(
         ("ipo", {"loss": "ipo", "tau": 0.1, "beta": 0.1},
          "runs.ipo.beta: no such parameter of 'ipo'"),
         ("x", {"loss": "dpoo", "beta": 0.1},
-         "runs.x.loss: no such loss, got 'dpoo'; known: dpo, ipo, "),
+         "runs.x.loss: no such loss, got 'dpoo'; known: dpo, rdpo, ipo, "),
         ("x", {"loss": "dpoo", "beta": 0.1}, "Did you mean 'dpo'?"),
         ("x", {"beta": 0.1}, "runs.x.loss: no such loss, got None; known: dpo"),
         ("x", {"loss": ["dpo"], "beta": 0.1}, "runs.x.loss: no such loss, got ['dpo']; known: dpo"),
@@ -159,6 +160,20 @@ def test_a_section_with_a_mistake_is_refused(
          "runs.x.divergence: unknown divergence 'foo'; known: reverse_kl, forward_kl, "),
         ("x", {"loss": "f_dpo", "beta": 0.1, "divergence": {"alpha": 2.0}},
          "runs.x.divergence: alpha must lie in (0, 1), got 2.0"),
+        ("x", {"loss": "f_dpo", "beta": 0.1, "divergence": "(t-1)**2"},
+         "runs.x.divergence: '(t-1)**2' is not DPO-inducing: f'(0+) = -2 is finite, so some"),
+        ("x", {"loss": "f_dpo", "beta": 0.1, "divergence": "total_variation"},
+         "runs.x.divergence: 'total_variation' is not DPO-inducing: f'(0+) = -0.5 is finite"),
+        ("x", {"loss": "f_dpo", "beta": 0.1, "divergence": "__import__('os').getcwd()"},
+         "runs.x.divergence: "),
+        ("x", {"loss": "psi_po", "tau": 0.1, "psi": "q**2"},
+         "runs.x.psi: psi 'q**2' is not odd about 1/2: psi(q) + psi(1 - q) is not constant"),
+        ("x", {"loss": "psi_po", "tau": 0.1, "psi": "logit"},
+         "runs.x.psi: psi 'logit' is not finite on [0.0, 1]"),
+        ("x", {"loss": "psi_po", "tau": 0.1, "psi": {"logit": 0.01}},
+         "runs.x.psi: 'logit, clipped at 0.01' needs soft preferences, got labels that are"),
+        ("x", {"loss": "dpo", "beta": 0.1, "sft_weight": -1},
+         "runs.x.sft_weight: must be greater than or equal to 0, got -1"),
         ("x", {"loss": "f_dpo", "beta": 0.1}, "runs.x.divergence: is missing, got nothing; add it"),
         ("x", {"loss": "dpo"}, "runs.x.beta: is missing, got nothing; add it"),
         ("x", {"loss": "exo_pref", "beta": 0.1, "label_smoothing": 0.0},
@@ -176,6 +191,18 @@ def test_a_run_with_a_mistake_is_refused(
     write_params(runs={name: run})
     with refused(message):
         check_runs(load_params())
+
+
+def test_a_loss_that_compares_pairs_is_refused_batches_of_one(write_params: Write) -> None:
+    write_params(**{"train.batch_size": 1, "runs": {"x": {"loss": "kto", "beta": 0.1}}})
+    with refused("runs.x: 'kto' compares with another pair's completion, got a batch_size of 1"):
+        check_runs(load_params())
+
+
+def test_a_psi_of_soft_preferences_is_taken_where_labels_have_them(write_params: Write) -> None:
+    run = {"loss": "psi_po", "tau": 0.1, "psi": {"logit": 0.01}}
+    write_params(**{"label.method": "bradley_terry", "runs": {"x": run}})
+    check_runs(load_params())
 
 
 def test_all_mistakes_are_told_at_once(write_params: Write) -> None:

@@ -1,13 +1,25 @@
 """Laws of a training stage: its evidence, its first step, its metrics."""
 
+import copy
+import functools
 import math
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROJECT, llama
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from prefopt.batches import Pairs, Scored
-from stages import train
+from prefopt.divergences import DIVERGENCES
+from prefopt.loop import Metrics
+from prefopt.losses import LOSSES
+from prefopt.losses.formulas import value as formula
+from prefopt.proofs import Case, batch_of, cases
+from prefopt.scoring import Row, token_logps
+from stages import params, train
 from stages.artefacts import (
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
@@ -17,21 +29,14 @@ from stages.artefacts import (
     REFERENCE_SCHEMA,
     write_table,
 )
-from stages.params import load_params
-from stages.runs import bind
+from stages.evidence import Evidence, Models
+from stages.runs import TRAINABLE, Run
 
-
-def test_step_0_is_refused_where_the_policy_is_not_the_reference() -> None:
-    run = bind(load_params(), "dpo")
-    train.check_step_0(torch.full((4,), math.log(2)), run)
-    with pytest.raises(ValueError, match=r"step 0: the loss must be 0\.693147 .*run `dvc repro"):
-        train.check_step_0(torch.tensor([math.log(2), 0.7]), run)
-    with pytest.raises(ValueError, match="step 0"):
-        train.check_step_0(torch.tensor([math.nan]), run)
+load_params = functools.partial(params.load_params, PROJECT / "params.yaml")
 
 
 @pytest.fixture
-def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> train.Evidence:
+def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     monkeypatch.chdir(tmp_path)
     COMPLETIONS.parent.mkdir()
     completions = {"prompt": [[1], [1], [1, 2]], "completion": [[3], [4, 5], [6, 7, 8]]}
@@ -40,31 +45,267 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> train.Evidence:
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
     reference = {"logps": [[-1.0], [-1.0, -2.0], [-1.0, -2.0, -4.0]]}
     write_table(REFERENCE, reference, REFERENCE_SCHEMA)
-    return train.Evidence()
+    return Evidence()
 
 
-def test_a_batch_holds_the_rows_that_its_pairs_point_at(evidence: train.Evidence) -> None:
-    logps = [torch.tensor([-0.5]), torch.tensor([-1.0, -1.0]), torch.tensor([-2.0]), torch.zeros(2)]
-    pairs = evidence.assemble([1, 0], logps)
+def test_a_batch_holds_the_rows_that_its_pairs_point_at(evidence: Evidence) -> None:
+    logps = [
+        torch.tensor([-0.5]),
+        torch.tensor([-2.0, -1.0, -3.0]),
+        torch.tensor([-1.0, -1.0]),
+        torch.zeros(2),
+    ]
+    pairs = evidence.paired([1, 0], logps)
     assert pairs.chosen.reference_logp.tolist() == [-1.0, -7.0]
     assert pairs.rejected.reference_logp.tolist() == [-3.0, -3.0]
-    assert pairs.chosen.logp.tolist() == [-0.5, -2.0]
+    assert pairs.chosen.logp.tolist() == [-0.5, -6.0]
     assert pairs.chosen.tokens.tolist() == [1, 3]
     assert pairs.rejected.tokens.tolist() == [2, 2]
     assert pairs.preference.tolist() == [0.75, 1.0]
 
 
 def test_tokens_are_counted_with_their_prompts_and_without_padding(
-    evidence: train.Evidence,
+    evidence: Evidence,
 ) -> None:
     assert evidence.num_tokens([0]) == (2 + 3) + (1 + 2)
     assert evidence.num_tokens([0, 1]) == evidence.num_tokens([0]) + (1 + 1) + (1 + 2)
 
 
-def test_a_reference_of_other_rows_is_refused(evidence: train.Evidence) -> None:
+def test_a_reference_of_other_rows_is_refused(evidence: Evidence) -> None:
     write_table(REFERENCE, {"logps": [[-1.0]]}, REFERENCE_SCHEMA)
     with pytest.raises(ValueError, match=r"not row for row with .*, got 1 rows for 3"):
-        train.Evidence()
+        Evidence()
+
+
+TRAINED = [
+    case for loss in LOSSES.values() if loss.evidence in TRAINABLE for case in cases(loss)[:1]
+]
+every_trained_loss = pytest.mark.parametrize("case", TRAINED, ids=str)
+
+
+@pytest.fixture(scope="module")
+def policy() -> PreTrainedModel:
+    return llama()
+
+
+@pytest.fixture
+def real(
+    policy: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Evidence, Models]:
+    """Six pairs of uneven completions, scored by the policy that will be trained."""
+    monkeypatch.chdir(tmp_path)
+    COMPLETIONS.parent.mkdir()
+    generator = random.Random(0)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [generator.randrange(3, 259) for _ in range(generator.randint(least, most))]
+
+    prompts = [tokens(2, 5) for _ in range(6)]
+    rows = [Row(prompts[i // 2], tokens(1, 9)) for i in range(12)]
+    completions = {
+        "prompt": [row.prompt for row in rows],
+        "completion": [row.completion for row in rows],
+    }
+    write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
+    pairs = {
+        "chosen": list(range(0, 12, 2)),
+        "rejected": list(range(1, 12, 2)),
+        "preference": [0.9] * 6,
+    }
+    write_table(PAIRS, pairs, PAIRS_SCHEMA)
+    with torch.no_grad():
+        logps = [logp.tolist() for logp in token_logps(policy, rows)]
+    write_table(REFERENCE, {"logps": logps}, REFERENCE_SCHEMA)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    return Evidence(), Models(copy.deepcopy(policy), reference, torch.float32)
+
+
+def run_of(case: Case, sft_weight: float = 0.0) -> Run:
+    return Run(case.loss, case.hyperparameters, sft_weight, load_params().train, {})
+
+
+def step_of(
+    case: Case,
+    evidence: Evidence,
+    models: Models,
+    *,
+    token_budget: int,
+    sft_weight: float = 0.0,
+    step: int = 0,
+) -> tuple[Metrics, Tensor]:
+    """One step's metrics, and its gradient."""
+    models.policy.zero_grad()
+    metrics: Metrics = {}
+    objective = train.objective(
+        models, evidence, run_of(case, sft_weight), token_budget, list(range(6)), step, 0
+    )
+    for loss, parts in objective:
+        loss.backward()
+        for name, value in {"loss": loss.item(), **parts}.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    gradients = [p.grad.flatten() for p in models.policy.parameters() if p.grad is not None]
+    return metrics, torch.cat(gradients)
+
+
+@every_trained_loss
+def test_a_loss_trains_from_pairs_and_starts_where_its_row_says(
+    case: Case, real: tuple[Evidence, Models]
+) -> None:
+    evidence, models = real
+    metrics, gradient = step_of(case, evidence, models, token_budget=10_000)
+    symbols = evidence.batch(case.loss.evidence, range(6), range(6), models).symbols()
+    if case.loss.at_reference:
+        declared = formula(case.loss, case.loss.at_reference, symbols, case.hyperparameters)
+        assert metrics["loss"] == pytest.approx(declared.mean().item(), rel=1e-5)
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 1e-6
+
+
+@pytest.mark.parametrize("case", [case for case in TRAINED if not case.loss.couples], ids=str)
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_cutting_a_step_changes_nothing_where_a_loss_couples_no_examples(
+    case: Case, sft_weight: float, real: tuple[Evidence, Models]
+) -> None:
+    _, models = real
+    moved(models.policy)
+    options = {"sft_weight": sft_weight, "step": 1}
+    whole, expected = step_of(case, *real, token_budget=10_000, **options)
+    cut, found = step_of(case, *real, token_budget=30, **options)
+    assert cut == pytest.approx(whole, rel=1e-4, abs=1e-5)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def moved(policy: PreTrainedModel) -> None:
+    """Away from the reference, as training does."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_the_sft_term_is_the_mean_nll_of_the_chosen_tokens(real: tuple[Evidence, Models]) -> None:
+    evidence, models = real
+    (dpo,) = (case for case in TRAINED if case.loss.name == "dpo")
+    metrics, gradient = step_of(dpo, evidence, models, token_budget=40, sft_weight=0.5)
+    chosen = [evidence.rows[row] for row in evidence.pairs["chosen"]]
+    nll = -torch.cat(token_logps(models.policy, chosen)).mean()
+    assert metrics["nll"] == pytest.approx(nll.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(math.log(2) + 0.5 * nll.item(), rel=1e-5)
+    models.policy.zero_grad()
+    nll.backward()
+    alone = torch.cat([p.grad.flatten() for p in models.policy.parameters() if p.grad is not None])
+    _, without = step_of(dpo, evidence, models, token_budget=40)
+    assert torch.allclose(gradient, without + 0.5 * alone, rtol=1e-4, atol=1e-6)
+
+
+def test_a_policy_that_is_not_the_reference_is_refused_at_step_0(
+    real: tuple[Evidence, Models],
+) -> None:
+    evidence, models = real
+    moved(models.policy)
+    for case in TRAINED:
+        if case.loss.at_reference:
+            with pytest.raises(ValueError, match=r"step 0: .*run `dvc repro --force reference`"):
+                step_of(case, evidence, models, token_budget=10_000)
+
+
+def test_a_loss_that_is_not_a_number_is_refused_at_step_0() -> None:
+    (dpo,) = (case for case in TRAINED if case.loss.name == "dpo")
+    losses = torch.tensor([math.log(2), math.nan])
+    with pytest.raises(ValueError, match=r"step 0: 'dpo' must be log\(2\) = 0\.693147"):
+        train.check_step_0(batch_of("Pairs"), losses, run_of(dpo), torch.float32)
+
+
+def test_shared_pairs_are_cut_to_the_shorter_side(real: tuple[Evidence, Models]) -> None:
+    evidence, models = real
+    batch = evidence.batch("SharedPairs", range(6), range(6), models)
+    for pair in range(6):
+        chosen, rejected = evidence.rows[2 * pair], evidence.rows[2 * pair + 1]
+        shorter = min(len(chosen.completion), len(rejected.completion))
+        (logps,) = token_logps(models.policy, [chosen])
+        assert batch.shared.chosen.logp[pair].item() == pytest.approx(
+            logps[:shorter].sum().item(), rel=1e-5
+        )
+        assert batch.shared.rejected.tokens[pair] == shorter
+        assert batch.whole.chosen.tokens[pair] == len(chosen.completion)
+
+
+def test_weights_are_the_likelihood_of_a_pair_against_the_policys_own_draws(
+    real: tuple[Evidence, Models],
+) -> None:
+    evidence, models = real
+    batch = evidence.batch("WeightedPairs", range(6), range(6), models)
+    assert not batch.weight.requires_grad
+    for pair in range(6):
+        product = 1.0
+        for row in (2 * pair, 2 * pair + 1):
+            prompt, completion = evidence.rows[row].prompt, evidence.rows[row].completion
+            logits = models.policy(torch.tensor([[*prompt, *completion]])).logits[0]
+            probabilities = logits.softmax(-1)[len(prompt) - 1 : -1]
+            relative = [
+                math.log(p[token].item() / (p**2).sum().item())
+                for p, token in zip(probabilities, completion, strict=True)
+            ]
+            product *= math.exp(sum(relative) / len(relative))
+        assert batch.weight[pair].item() == pytest.approx(min(product, 1.0), rel=1e-4)
+
+
+def test_sequential_kls_are_those_of_the_next_token_summed(real: tuple[Evidence, Models]) -> None:
+    evidence, models = real
+    moved(models.policy)
+    assert models.reference is not None
+    batch = evidence.batch("SequentialPairs", range(6), range(6), models)
+    prompt, completion = evidence.rows[0].prompt, evidence.rows[0].completion
+    tokens = torch.tensor([[*prompt, *completion]])
+    p = models.reference(tokens).logits[0].softmax(-1)[len(prompt) - 1 : -1]
+    q = models.policy(tokens).logits[0].softmax(-1)[len(prompt) - 1 : -1]
+    expected = (p * (p / q).log()).sum().item()
+    assert batch.chosen_kl[0].item() == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.01
+    batch.chosen_kl.sum().backward()
+    assert all(p.grad is None for p in models.reference.parameters())
+
+
+def test_mismatched_completions_are_those_of_the_next_pair(real: tuple[Evidence, Models]) -> None:
+    evidence, models = real
+    batch = evidence.batch("Labelled", [1, 2], [0, 2, 1, 3], models)
+    assert batch.desirable.tolist() == [True, True, False, False]
+    # In the step, pair 3 comes after pair 1, and pair 1 after pair 2.
+    expected = [Row(evidence.rows[a].prompt, evidence.rows[b].completion) for a, b in
+                ((2, 6), (4, 2), (3, 7), (5, 3))]  # fmt: skip
+    logps = [logp.sum().item() for logp in token_logps(models.policy, expected)]
+    assert batch.mismatched.logp.tolist() == pytest.approx(logps, rel=1e-5)
+    assert not batch.mismatched.logp.requires_grad
+
+
+def test_implicit_rewards_are_the_objectives_and_ties_count_half() -> None:
+    def scored(u: list[float]) -> Scored:
+        logp = torch.tensor(u)
+        return Scored(logp - 8, torch.full_like(logp, -8.0), torch.full((len(u),), 4))
+
+    pairs = Pairs(scored([0.5, 1.0, -1.0]), scored([0.5, -1.0, 1.0]), torch.ones(3))
+    squared = {"beta": 0.5, "divergence": DIVERGENCES["squared_log"]}
+    metrics = train.pair_metrics(pairs, run_of(Case(LOSSES["f_dpo"], squared)), 3)
+    rewards = [0.5 * u * math.exp(-u) for u in (0.5, 1.0, -1.0)]
+    assert metrics["rewards/chosen"] == pytest.approx(sum(rewards) / 3, rel=1e-6)
+    assert metrics["logratios/chosen"] == pytest.approx(0.5 / 3, rel=1e-6)
+    assert metrics["rewards/accuracies"] == metrics["logratios/accuracies"] == 0.5
+    simpo = {"beta": 2.0, "gamma": 0.5}
+    metrics = train.pair_metrics(pairs, run_of(Case(LOSSES["simpo"], simpo)), 3)
+    assert metrics["rewards/chosen"] == pytest.approx(2.0 * (0.5 - 24) / 4 / 3, rel=1e-6)
+
+
+def test_rewards_of_f_dpo_may_rank_pairs_otherwise_than_log_ratios_do() -> None:
+    """squared_log's reward falls beyond e: the accuracy of log-ratios would be 1 here."""
+    tokens = torch.ones(1, dtype=torch.long)
+    zero = torch.zeros(1)
+    pairs = Pairs(
+        Scored(torch.tensor([3.0]), zero, tokens), Scored(torch.tensor([1.0]), zero, tokens), zero
+    )
+    squared = {"beta": 0.5, "divergence": DIVERGENCES["squared_log"]}
+    metrics = train.pair_metrics(pairs, run_of(Case(LOSSES["f_dpo"], squared)), 1)
+    assert metrics["logratios/accuracies"] == 1.0
+    assert metrics["rewards/accuracies"] == 0.0
 
 
 def test_the_metrics_of_micro_batches_add_up_to_those_of_the_step() -> None:
@@ -80,8 +321,9 @@ def test_the_metrics_of_micro_batches_add_up_to_those_of_the_step() -> None:
             preference=torch.ones(part.shape[1]),
         )
 
-    whole = train.pair_metrics(pairs(slice(0, 6)), 0.5, 6)
-    parts = [train.pair_metrics(pairs(of), 0.5, 6) for of in (slice(0, 2), slice(2, 6))]
+    run = run_of(Case(LOSSES["dpo"], {"beta": 0.5, "label_smoothing": 0.0}))
+    whole = train.pair_metrics(pairs(slice(0, 6)), run, 6)
+    parts = [train.pair_metrics(pairs(of), run, 6) for of in (slice(0, 2), slice(2, 6))]
     for name, value in whole.items():
         assert parts[0][name] + parts[1][name] == pytest.approx(value, abs=1e-6)
     assert whole["rewards/margins"] == pytest.approx(

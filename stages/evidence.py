@@ -1,0 +1,236 @@
+"""From the tables of pairs to the batch that a loss reads, its log-probabilities freshly computed.
+
+A pair's two sides are rows of `completions`. What a loss needs beyond their summed
+log-probabilities is computed here, from the policy and, where it must be alive, the reference.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefopt.batches import (
+    Labelled,
+    Pairs,
+    Scored,
+    SequentialPairs,
+    SharedPairs,
+    WeightedPairs,
+)
+from prefopt.scoring import (
+    Row,
+    token_logps,
+    token_logps_and_collisions,
+    token_logps_and_kls,
+)
+from stages import models
+from stages.artefacts import (
+    COMPLETIONS,
+    COMPLETIONS_SCHEMA,
+    PAIRS,
+    PAIRS_SCHEMA,
+    REFERENCE,
+    REFERENCE_SCHEMA,
+    read_table,
+)
+
+Logps = list[Tensor]  # one tensor of token log-probabilities a row
+
+# Evidence for which the stored log-probabilities of the reference are not enough.
+READS_LIVE_REFERENCE = ("SequentialPairs", "Labelled")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy that is trained; the frozen reference, where the evidence needs it alive."""
+
+    policy: models.PreTrainedModel
+    reference: models.PreTrainedModel | None
+    compute_dtype: torch.dtype
+
+
+class Evidence:
+    """Completions with their reference, and the pairs that point at them."""
+
+    def __init__(self) -> None:
+        completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
+        self.rows = list(map(Row, completions["prompt"], completions["completion"]))
+        self.pairs = read_table(PAIRS, PAIRS_SCHEMA)
+        self.reference = read_table(REFERENCE, REFERENCE_SCHEMA)["logps"]
+        if len(self.reference) != len(self.rows):
+            raise ValueError(
+                f"{REFERENCE}: not row for row with {COMPLETIONS}, got {len(self.reference)} rows "
+                f"for {len(self.rows)}; run `dvc repro reference`"
+            )
+        # What a pair takes of a micro-batch, both sides padded to the longer one.
+        self.lengths = [
+            2 * max(len(self.rows[chosen]), len(self.rows[rejected]))
+            for chosen, rejected in zip(self.pairs["chosen"], self.pairs["rejected"], strict=True)
+        ]
+
+    def sides(self, pairs: Sequence[int]) -> list[int]:
+        """Rows of the chosen completions of the pairs, then of the rejected ones."""
+        return [self.pairs[side][pair] for side in ("chosen", "rejected") for pair in pairs]
+
+    def num_tokens(self, pairs: Sequence[int]) -> int:
+        """Tokens of both sides of the pairs, prompts included, padding excluded."""
+        return sum(len(self.rows[row]) for row in self.sides(pairs))
+
+    def num_chosen_tokens(self, pairs: Sequence[int]) -> int:
+        """Completion tokens of the chosen sides."""
+        return sum(len(self.rows[self.pairs["chosen"][pair]].completion) for pair in pairs)
+
+    def batch(self, kind: str, pairs: Sequence[int], step: Sequence[int], models: Models) -> Any:
+        """The batch of type `kind` that these pairs of a step make; carries the gradient."""
+        return ASSEMBLE[kind](self, pairs, step, models)
+
+    def paired(
+        self, pairs: Sequence[int], logps: Logps, tokens: Sequence[int] | None = None
+    ) -> Pairs:
+        """Pairs of summed log-probabilities.
+
+        Args:
+            pairs: which.
+            logps: of their chosen, then of their rejected completions, token by token.
+            tokens: only so many tokens of each completion, in the same order.
+        """
+        rows = self.sides(pairs)
+        tokens = [len(logp) for logp in logps] if tokens is None else tokens
+        sums = [logp[:count].sum() for logp, count in zip(logps, tokens, strict=True)]
+        reference = [
+            sum(self.reference[row][:count]) for row, count in zip(rows, tokens, strict=True)
+        ]
+        scored = Scored(
+            logp=torch.stack(sums),
+            reference_logp=torch.tensor(reference, device=logps[0].device),
+            tokens=torch.tensor(tokens, device=logps[0].device),
+        )
+        preference = [self.pairs["preference"][pair] for pair in pairs]
+        half = len(pairs)
+        return Pairs(
+            chosen=_cut(scored, slice(half)),
+            rejected=_cut(scored, slice(half, None)),
+            preference=torch.tensor(preference, device=logps[0].device),
+        )
+
+
+def _cut(scored: Scored, part: slice) -> Scored:
+    return Scored(scored.logp[part], scored.reference_logp[part], scored.tokens[part])
+
+
+def _pairs(evidence: Evidence, pairs: Sequence[int], step: Sequence[int], models: Models) -> Pairs:
+    rows = [evidence.rows[row] for row in evidence.sides(pairs)]
+    return evidence.paired(
+        pairs, token_logps(models.policy, rows, compute_dtype=models.compute_dtype)
+    )
+
+
+def _shared_pairs(
+    evidence: Evidence, pairs: Sequence[int], step: Sequence[int], models: Models
+) -> SharedPairs:
+    rows = [evidence.rows[row] for row in evidence.sides(pairs)]
+    logps = token_logps(models.policy, rows, compute_dtype=models.compute_dtype)
+    half = len(pairs)
+    shorter = [min(len(a), len(b)) for a, b in zip(logps[:half], logps[half:], strict=True)]
+    return SharedPairs(
+        whole=evidence.paired(pairs, logps),
+        shared=evidence.paired(pairs, logps, tokens=[*shorter, *shorter]),
+    )
+
+
+def _weighted_pairs(
+    evidence: Evidence, pairs: Sequence[int], step: Sequence[int], models: Models
+) -> WeightedPairs:
+    rows = [evidence.rows[row] for row in evidence.sides(pairs)]
+    logps, collisions = token_logps_and_collisions(
+        models.policy, rows, compute_dtype=models.compute_dtype
+    )
+    means = torch.stack(
+        [
+            (logp.detach() - collision).mean()
+            for logp, collision in zip(logps, collisions, strict=True)
+        ]
+    )
+    chosen, rejected = means.chunk(2)
+    return WeightedPairs(evidence.paired(pairs, logps), (chosen + rejected).clamp(max=0).exp())
+
+
+def _sequential_pairs(
+    evidence: Evidence, pairs: Sequence[int], step: Sequence[int], models: Models
+) -> SequentialPairs:
+    assert models.reference is not None
+    rows = [evidence.rows[row] for row in evidence.sides(pairs)]
+    logps, kls = token_logps_and_kls(
+        models.policy, models.reference, rows, compute_dtype=models.compute_dtype
+    )
+    chosen_kl, rejected_kl = torch.stack([kl.sum() for kl in kls]).chunk(2)
+    return SequentialPairs(evidence.paired(pairs, logps), chosen_kl, rejected_kl)
+
+
+def _labelled(
+    evidence: Evidence, pairs: Sequence[int], step: Sequence[int], models: Models
+) -> Labelled:
+    """Chosen completions are desirable, rejected ones are not.
+
+    The mismatched completion of a row is the next pair's of the step, on the same side.
+    """
+    assert models.reference is not None
+    both = _pairs(evidence, pairs, step, models)
+    following = {pair: step[(place + 1) % len(step)] for place, pair in enumerate(step)}
+    rows = evidence.sides(pairs)
+    others = evidence.sides([following[pair] for pair in pairs])
+    mismatched = [
+        Row(evidence.rows[row].prompt, evidence.rows[other].completion)
+        for row, other in zip(rows, others, strict=True)
+    ]
+    with torch.no_grad():
+        logp, reference_logp = (
+            torch.stack(
+                [
+                    logps.sum()
+                    for logps in token_logps(model, mismatched, compute_dtype=models.compute_dtype)
+                ]
+            )
+            for model in (models.policy, models.reference)
+        )
+    tokens = torch.tensor([len(row.completion) for row in mismatched], device=logp.device)
+    return Labelled(
+        completions=Scored(
+            *(
+                torch.cat([getattr(both.chosen, name), getattr(both.rejected, name)])
+                for name in ("logp", "reference_logp", "tokens")
+            )
+        ),
+        desirable=torch.arange(len(rows), device=logp.device) < len(pairs),
+        mismatched=Scored(logp, reference_logp, tokens),
+    )
+
+
+Assembler = Callable[[Evidence, Sequence[int], Sequence[int], Models], Any]
+ASSEMBLE: dict[str, Assembler] = {
+    "Pairs": _pairs,
+    "SharedPairs": _shared_pairs,
+    "WeightedPairs": _weighted_pairs,
+    "SequentialPairs": _sequential_pairs,
+    "Labelled": _labelled,
+}
+
+
+def pairs_within(batch: Any) -> Pairs:
+    """The plain pairs inside a batch made of pairs."""
+    match batch:
+        case Pairs():
+            return batch
+        case SharedPairs(whole=pairs) | WeightedPairs(pairs=pairs) | SequentialPairs(pairs=pairs):
+            return pairs
+        case Labelled(completions=completions):
+            half = len(completions.logp) // 2
+            return Pairs(
+                chosen=_cut(completions, slice(half)),
+                rejected=_cut(completions, slice(half, None)),
+                preference=torch.ones_like(completions.logp[:half]),
+            )
+        case _:
+            raise TypeError(f"no pairs in a {type(batch).__name__}")
