@@ -25,11 +25,13 @@ HOMES = {
     "ruamel": ["stages/recipes.py"],
     "pydantic": ["stages/params.py", "stages/runs.py"],
     "mlflow": ["stages/tracking.py"],
+    "sympy": ["prefopt/"],
     "prefect": ["flows/"],
     "dvc": ["flows/"],
     "matplotlib": ["stages/figures.py"],
     "jinja2": ["stages/report.py"],
-    "transformers": ["stages/models.py", "stages/pretrain.py"],
+    "transformers": ["stages/models.py", "stages/oracle.py", "stages/pretrain.py"],
+    "trl": ["stages/oracle.py"],
 }
 # Parts that programs share; every other module of stages with a `main` is a program.
 SHARED = {"stages.params", "stages.artefacts", "stages.models", "stages.judges", "stages.tracking"}

@@ -18,9 +18,12 @@ from mlflow.entities import Run
 from prefopt.batches import Pairs, Scored
 from stages import tracking
 from stages.artefacts import LOGRATIOS_SCHEMA, digest, logratios_of, write_table
+from stages.params import load_params
+from stages.runs import bind
 from stages.tracking import DELIVERED, JOURNALS, deliver_all, track, track_evaluation
 from stages.train import pair_metrics
 
+LOGRATIOS = {f"logratios/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
 TRL_NAMES = {
     "rewards/chosen",
     "rewards/rejected",
@@ -75,7 +78,8 @@ def test_a_finished_training_is_delivered_whole(client: MlflowClient) -> None:
             Scored(torch.tensor([-15.0]), torch.tensor([-14.0]), torch.tensor([12])),
             torch.ones(1),
         )
-        metrics = pair_metrics(pairs, beta=0.1, step_size=1)
+        run = bind(load_params(PROJECT / "params.yaml"), "dpo")
+        metrics = pair_metrics(pairs, run, step_size=1)
         for step in range(5):
             journal.write({"step": step, "metrics": {"loss": float(step), **metrics}})
     assert deliver_all() == 0
@@ -83,7 +87,7 @@ def test_a_finished_training_is_delivered_whole(client: MlflowClient) -> None:
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "dpo"
     assert run.data.params == {"beta": "0.1"}
-    assert set(run.data.metrics) == TRL_NAMES | {"loss"}
+    assert set(run.data.metrics) == TRL_NAMES | LOGRATIOS | {"loss"}
     assert run.data.metrics["rewards/margins"] == pytest.approx(0.1 * 1.5)
     assert run.data.metrics["rewards/chosen"] == pytest.approx(0.1 * 0.5)
     assert run.data.metrics["logps/rejected"] == -15.0
