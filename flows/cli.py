@@ -1,13 +1,17 @@
 """The command `prefopt`: a thin front door. Each subcommand imports what it needs when called."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+Answer = TypeVar("Answer")
 
 TIMES = Path(".prefopt/times.jsonl")
 
@@ -27,10 +31,7 @@ def repro(
     if recipe:
         from stages.recipes import apply_recipe
 
-        try:
-            apply_recipe(recipe)
-        except ValueError as error:
-            sys.exit(str(error))
+        _or_exit(lambda: apply_recipe(recipe))
     times_before = _stage_times()
     dvc = _run(sys.executable, "-m", "dvc", "--wait-for-lock", "repro")
     if dvc.returncode == 0:
@@ -38,6 +39,83 @@ def repro(
     # The trainings' own courier may still be on its way: this one waits for it.
     _run(sys.executable, "-m", "stages.tracking")
     sys.exit(dvc.returncode)
+
+
+@app.command()
+def losses() -> None:
+    """List every loss: its evidence, its conventions, its value at the reference, its paper."""
+    from prefopt.explain import losses_table
+
+    typer.echo(losses_table())
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="a loss, or a divergence", metavar="NAME")],
+) -> None:
+    """Say what a loss computes: formula, gradient, optimum, and what others call it."""
+    from prefopt import explain
+
+    typer.echo(_or_exit(lambda: explain.explain(name)))
+
+
+@app.command()
+def divergence(
+    formula: Annotated[
+        str, typer.Argument(help="f(t), such as '0.5*log(t)**2', or a name", metavar="EXPR")
+    ],
+    picture: Annotated[
+        Path | None, typer.Option(help="draw f, f' and the score into this SVG file")
+    ] = None,
+) -> None:
+    """Classify an f-divergence: convex, DPO-inducing, displacement-resistant, and why."""
+    from prefopt import explain
+
+    typer.echo(_or_exit(lambda: explain.explain_divergence(formula)))
+    if picture is not None:
+        from prefopt.classification import curves
+        from stages.figures import divergence_figure
+
+        written = explain.written_divergence(formula)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        divergence_figure(written.expression, curves(written), picture)
+        typer.echo(f"\npicture: {picture}")
+
+
+@app.command()
+def verify_losses(
+    only: Annotated[str, typer.Option(help="one loss", metavar="NAME")] = "",
+) -> None:
+    """Prove every law of every loss on this machine; where TRL is installed, compare with it."""
+    from tqdm import tqdm
+
+    from prefopt.explain import proofs_table, rows_of
+    from prefopt.proofs import Proof, proofs
+
+    rows = _or_exit(lambda: rows_of(only))
+    found: list[Proof] = []
+    for row in tqdm(rows, desc="proofs", unit="loss"):
+        found += proofs(row)
+    trl = importlib.util.find_spec("trl") is not None
+    if trl:
+        from stages.oracle import COMPARISONS, side_by_side
+
+        names = {row.name for row in rows}
+        compared = [comparison for comparison in COMPARISONS if comparison.loss in names]
+        bar = tqdm(side_by_side(compared), total=len(compared), desc="beside TRL", unit="loss")
+        found += bar
+    typer.echo(proofs_table(found))
+    if not trl:
+        typer.echo("TRL is not installed: no comparison with it")
+    sys.exit(0 if all(proof.holds for proof in found) else 1)
+
+
+def _or_exit(answer: Callable[[], Answer]) -> Answer:
+    """The answer; of what a person wrote wrongly, one line and exit code 1."""
+    try:
+        return answer()
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def _show_results(times: list[tuple[str, float]]) -> None:

@@ -10,7 +10,7 @@ import functools
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,6 +33,7 @@ LARGEST_VALUE = 1e30
 PATIENCE = 3  # seconds for one question to sympy
 LARGEST_SIMPLIFIED = 60  # operations
 LONGEST_SHOWN = 40  # characters of a closed form
+LARGEST_SHOWN = 4.0  # log-ratio of what a picture must show
 
 Answer = TypeVar("Answer")
 T = sympy.Symbol("t", positive=True)
@@ -105,6 +106,31 @@ class Classification:
     normalised_argmin: float
 
 
+@dataclass(frozen=True)
+class Curves:
+    """What a picture of f shows, as plain numbers.
+
+    Args:
+        ratios: t.
+        f: at each t.
+        derivative: f' at each t.
+        logratios: u.
+        score: at each u.
+        argmin: of f.
+        slope_at_zero: f'(0+).
+        peak: u and score where the score first turns down; None if it has no such place.
+    """
+
+    ratios: list[float]
+    f: list[float]
+    derivative: list[float]
+    logratios: list[float]
+    score: list[float]
+    argmin: float
+    slope_at_zero: float
+    peak: tuple[float, float] | None
+
+
 def divergence_of(text: str) -> Divergence:
     """The divergence whose generator is the formula `text` in t."""
     return classify(text).divergence
@@ -162,9 +188,12 @@ def ratio_against_outsider(divergence: Divergence, gap: float) -> float:
     lemmas 1 and 2, in which the regulariser sees only what occurs in the data.
     """
     u = torch.linspace(-LARGEST_LOGRATIO, 20, 12001, dtype=torch.float64)
-    where = int((gap * u.exp() + divergence.f(u)).argmin())
-    if where in (0, len(u) - 1):
-        return 0.0 if where == 0 else INFINITY
+    losses = gap * u.exp() + divergence.f(u)
+    where = int(losses.argmin())
+    if where == len(u) - 1:
+        return INFINITY
+    if losses[0] - losses[where] <= 1e-15 * losses[0].abs():
+        return 0.0
     # Between its neighbours -gap - f' passes through zero.
     low, high = u[where - 1], u[where + 1]
     for _ in range(60):
@@ -174,6 +203,27 @@ def ratio_against_outsider(divergence: Divergence, gap: float) -> float:
         else:
             low = middle
     return math.exp(low.item())
+
+
+def curves(divergence: Divergence) -> Curves:
+    """f, f' and the score around t = 1, as far out as the argmin and the peak."""
+    top = classify(divergence.expression).peak.value
+    seen = [x for x in (math.log(max(divergence.argmin, 1e-9)), top) if abs(x) < LARGEST_SHOWN]
+    u = torch.linspace(min([-3.0, *seen]) - 0.1, max([2.0, *seen]) + 1, 1001, dtype=torch.float64)
+    t = torch.linspace(0, 1.5 * math.exp(max([0.7, *seen])), 1001, dtype=torch.float64)[1:]
+    peak = None
+    if math.isfinite(top):
+        peak = top, divergence.score(torch.tensor(top, dtype=torch.float64)).item()
+    return Curves(
+        ratios=t.tolist(),
+        f=divergence.f(t.log()).tolist(),
+        derivative=divergence.derivative(t.log()).tolist(),
+        logratios=u.tolist(),
+        score=divergence.score(u).tolist(),
+        argmin=divergence.argmin,
+        slope_at_zero=divergence.slope_at_zero,
+        peak=peak,
+    )
 
 
 # Symbols
@@ -227,7 +277,8 @@ def _expanded(expression: sympy.Expr) -> sympy.Expr:
 
 def _shown(expression: sympy.Expr) -> str:
     """Its closed form, or its value where that is easier to read."""
-    text = str(expression).replace("E", "exp(1)") if expression == sympy.E else str(expression)
+    names = {sympy.oo: "inf", -sympy.oo: "-inf", sympy.E: "exp(1)"}
+    text = names.get(expression, str(expression))
     return text if len(text) <= LONGEST_SHOWN else f"{float(expression):.6g}"
 
 
@@ -237,7 +288,7 @@ def _in_u(expression: sympy.Expr) -> sympy.Expr:
 
 
 @contextmanager
-def _alarm() -> Iterator[None]:
+def _alarm() -> Generator[None, None, None]:
     """A `TimeoutError` inside, once patience ends."""
 
     def give_up(*_: object) -> None:
@@ -353,11 +404,16 @@ def _check(text: str, f: Function, score: Function, slope_at_one: float) -> None
 
 
 def _first_fall(score: Function) -> float | None:
-    """The first u of the grid from which the score falls."""
+    """The first u of the grid from which the score falls; -infinite if it never rose before."""
     values = score(GRID)
-    # Differences below rounding are not a fall.
-    falling = values.diff() < -ROUNDING * values.abs().clamp(min=1.0)[1:]
-    return GRID[falling.nonzero()[0, 0]].item() if falling.any() else None
+    # Differences below rounding are neither fall nor rise.
+    rounding = ROUNDING * values.abs().clamp(min=1.0)
+    falling = values.diff() < -rounding[1:]
+    if not falling.any():
+        return None
+    first = int(falling.nonzero()[0, 0])
+    rose = values[first] - values[0] > rounding[first]
+    return GRID[first].item() if rose else -INFINITY
 
 
 def _refined(f: Function, near: float) -> float:
@@ -389,7 +445,7 @@ def _limit(
     if not expression.has(*KINKED):
         limit = _asked(lambda: sympy.limit(expression, variable, towards), sympy.nan)
     if limit.is_extended_real and limit.is_number:
-        return float(limit), str(limit), f"tends to {limit}"
+        return float(limit), str(limit), f"tends to {_shown(limit)}"
     # Doubling log t: a logarithm doubles too, what converges stands still.
     side = -1 if towards == 0 else 1
     values = [_real(in_u.subs(U, side * 2**k)) for k in range(4, 14)]
@@ -439,13 +495,15 @@ def _peak(rise: sympy.Expr | None, score: Function) -> Finding:
     start = _first_fall(score)
     if start is None:
         return Finding(INFINITY, "", "the score never falls")
-    if start == GRID[0].item():
+    if start == -INFINITY:
         return Finding(-INFINITY, "", "the score falls from the start")
     for root in [] if rise is None else _real_roots(rise, U):
         if abs(float(root) - start) <= 2 * STEP:
             reason = f"the score turns down at t = {_shown(sympy.exp(root))}"
             return Finding(float(root), str(root), reason, root)
-    u = _refined(lambda u: -score(u), start)
+    near = torch.linspace(start - STEP, start + STEP, 20001, dtype=torch.float64)
+    values = score(near)
+    u = near[(values == values.max()).nonzero()[-1, 0]].item()
     u = u if abs(u) > ROUNDING else 0.0
     return Finding(u, "", f"the score turns down near t = {_ratio(u):.6g}")
 

@@ -15,10 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from stages.params import Params
-from stages.results import OPPONENTS, Reference, Result
+from stages.results import COLOURS, OPPONENTS, Reference, Result
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
+
+    from prefopt.classification import Curves
 
 # Where a point's name may stand, in points from it: at its corners first, then farther out.
 DIRECTIONS = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)]
@@ -231,6 +233,88 @@ def draw_curves(results: Sequence[Result]) -> Figure:
         )
     figure.align_ylabels(grid[:, 0])
     return figure
+
+
+def divergence_figure(name: str, curves: "Curves", path: Path) -> None:
+    """f, f' and the score of one divergence as an SVG file, with what decides its use marked.
+
+    Shaded is where the score falls: there f-DPO lowers the chosen completion.
+    """
+    with rc_context(STYLE_OF_FIGURES):
+        figure = new_figure(9.4, 3.4)
+        of_f, of_slope, of_score = figure.subplots(1, 3)
+        draw_generator(of_f, curves)
+        draw_slope(of_slope, curves)
+        draw_score(of_score, curves)
+        for axes in (of_f, of_slope, of_score):
+            axes.grid(True)
+            axes.tick_params(axis="y", labelcolor=MUTED)
+        figure.suptitle(f"f(t) = {name}", x=0.01, ha="left", color=MUTED, fontsize=9)
+        save(figure, path)
+
+
+def draw_generator(axes: Axes, curves: "Curves") -> None:
+    curve(axes, curves.ratios, curves.f, seen=np.array(curves.ratios) > 0.2)
+    axes.set_title("f(t)", pad=20)
+    axes.set_xlabel("t = policy/reference")
+    if 0 < curves.argmin <= curves.ratios[-1]:
+        smallest = float(np.interp(curves.argmin, curves.ratios, curves.f))
+        axes.plot(curves.argmin, smallest, marker="o", markersize=5, color=INK)
+        note(axes, f"smallest at t = {curves.argmin:.4g}")
+    elif np.isfinite(curves.argmin):
+        note(axes, f"smallest at t = {curves.argmin:.4g}, not shown")
+    else:
+        note(axes, "falls for ever")
+
+
+def draw_slope(axes: Axes, curves: "Curves") -> None:
+    curve(axes, curves.ratios, curves.derivative, seen=np.array(curves.ratios) > 0.3)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.set_title("f'(t)", pad=20)
+    axes.set_xlabel("t = policy/reference")
+    slope = curves.slope_at_zero
+    verdict = "DPO-inducing" if slope == -np.inf else "not DPO-inducing"
+    note(axes, f"f'(0+) = {slope:.4g}: {verdict}")
+    if np.isfinite(slope):
+        axes.plot(0, slope, marker="o", color=COLOURS[0], markerfacecolor=PAPER, clip_on=False)
+    if 0 < curves.argmin <= curves.ratios[-1]:
+        axes.plot(curves.argmin, 0, marker="o", markersize=5, color=INK)
+
+
+def draw_score(axes: Axes, curves: "Curves") -> None:
+    u = np.array(curves.logratios)
+    curve(axes, curves.logratios, curves.score, seen=u > -0.7)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.set_title("score f'(e^u) - f'(1)", pad=20)
+    axes.set_xlabel("u = log t")
+    falls = np.gradient(curves.score, u) < -1e-9
+    axes.fill_between(
+        u, 0, 1, where=falls.tolist(), transform=axes.get_xaxis_transform(), color=COLOURS[4],
+        alpha=0.12, linewidth=0,
+    )  # fmt: skip
+    if curves.peak is None:
+        note(axes, "falls from the start" if falls[0] else "never falls")
+        return
+    at, height = curves.peak
+    note(axes, f"turns down at t = {np.exp(at):.4g}, from {height:.4g}")
+    if u[0] <= at <= u[-1]:
+        axes.plot(at, height, marker="o", markersize=5, color=INK)
+
+
+def curve(axes: Axes, x: Sequence[float], y: Sequence[float], seen: Any) -> None:
+    """A line, its axis as high as the part of it that must be seen; the rest may leave it."""
+    axes.plot(x, y, color=COLOURS[0], linewidth=1.8)
+    low, high = float(np.array(y)[seen].min()), float(np.array(y)[seen].max())
+    low, high = min(low, 0.0), max(high, 0.0)
+    room = 0.12 * max(high - low, 1e-9)
+    axes.set_xlim(min(0.0, x[0]), x[-1])
+    axes.set_ylim(low - room, high + room)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def note(axes: Axes, text: str) -> None:
+    axes.text(0, 1.03, text, transform=axes.transAxes, ha="left", va="bottom", color=MUTED)
 
 
 def new_figure(width: float, height: float) -> Figure:

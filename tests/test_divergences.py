@@ -21,7 +21,7 @@ ROWS = [
 ]
 every_row = pytest.mark.parametrize("row", ROWS, ids=repr)
 
-# f of t, as methods.md 3.4 writes it.
+# f of t, as the papers write it.
 GENERATORS = {
     "reverse_kl": lambda t: t * math.log(t),
     "forward_kl": lambda t: -math.log(t),

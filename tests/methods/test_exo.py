@@ -1,4 +1,4 @@
-"""The checks of EXO (methods.md 5.6): lists, pairs, and the limit of all candidates."""
+"""The checks of EXO: lists, pairs, and the limit of all candidates."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The identities between methods (methods.md section 8)."""
+"""The identities between methods."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The checks of PsiPO and IPO (methods.md 6.3 to 6.5), and the bandits of section 6.4."""
+"""The checks of PsiPO and IPO, and the bandits of its illustrations."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The checks of SquaredPO and f-DPO (methods.md 3.3, 3.4, 3.7)."""
+"""The checks of SquaredPO and f-DPO."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ ALPHA = {"alpha": 0.5}
 
 @dataclass(frozen=True)
 class Generator:
-    """An f, with its f'(e^u) up to a constant as methods.md 3.4 writes it.
+    """An f, with its f'(e^u) up to a constant as the papers write it.
 
     Args:
         spec: as written in params.yaml.

@@ -1,4 +1,4 @@
-"""The checks of SRPO (methods.md 7.2, 7.3, 7.7) on bandits.
+"""The checks of SRPO on bandits.
 
 A policy of n actions is a vector of n + n^2 logits: the generator's, and the improver's by row, one
 row a completion shown.

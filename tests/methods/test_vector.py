@@ -1,4 +1,4 @@
-"""The unit-test vector of methods.md 2.1: one pair through every loss."""
+"""The unit-test vector: one pair through every loss."""
 
 import math
 from collections.abc import Callable
