@@ -175,9 +175,9 @@ def test_fg_3_gradient_descent_reaches_the_target_for_every_f(row: Row) -> None:
         if step % 2_000 == 0:
             by_the_loss = surrogates_gradient(d, policy, proposal=policy)
             assert descent.tolist() == pytest.approx(by_the_loss, abs=1e-12)
-        # The total variation's slope does not shrink towards the target, so its rate must. The
-        # rate 1/(1 + s/200) would end between 4e-6 and 3e-5 from it, as rounding decides at the start,
-        # where the second probability is exactly the target's and the slope jumps.
+        # The total variation's slope does not shrink towards the target, so its rate must. A rate
+        # of 1/(1 + s/200) would end between 4e-6 and 3e-5 from it, as rounding decides at the
+        # start, where the second probability is exactly the target's and the slope jumps.
         decay = (1 + step / 200) ** -1.5 if row.name == "total_variation" else 1.0
         logits = logits - 0.05 * decay * descent
         if step >= 19_990:
