@@ -24,7 +24,7 @@ from prefopt.losses.distributional import f_dpg
 from prefopt.losses.formulas import hyperparameters_of, implicit_rewards, value
 from prefopt.losses.likelihood import nll
 from prefopt.losses.listwise import exo_rw, f_po
-from prefopt.losses.pairwise import chi_po, dpo, exo_pref, f_dpo, hinge, ld_dpo, psi_po
+from prefopt.losses.pairwise import chi_po, dpo, exo_pref, f_dpo, hinge, ld_dpo, psi_po, r_dpo
 from prefopt.losses.reference_free import orpo
 from prefopt.losses.unpaired import kto
 from prefopt.proofs import LAWS, Case, batch_of, cases, proofs
@@ -238,6 +238,14 @@ def test_psi_po_of_the_identity_is_ipo_on_certain_preferences() -> None:
     pairs = pairs_of([0.5, -3.0], [-1.0, 2.0])
     found = psi_po(pairs, tau=0.1, psi=psi("identity"))
     assert found.tolist() == pytest.approx(pairwise.ipo(pairs, tau=0.1).tolist(), rel=1e-12)
+
+
+def test_r_dpo_is_dpo_between_equals_in_length_and_lighter_on_a_longer_chosen() -> None:
+    pairs = pairs_of([0.5], [-1.0])
+    assert torch.equal(r_dpo(pairs, beta=0.1, alpha=0.05), dpo(pairs, beta=0.1))
+    long = Scored(pairs.chosen.logp, pairs.chosen.reference_logp, pairs.chosen.tokens + 4)
+    longer = r_dpo(Pairs(long, pairs.rejected, pairs.preference), beta=0.1, alpha=0.05)
+    assert longer.item() == pytest.approx(math.log1p(math.exp(-0.15 - 0.05 * 4)), rel=1e-12)
 
 
 def test_ld_dpo_of_one_is_dpo_and_of_zero_sees_shared_tokens_alone() -> None:

@@ -320,6 +320,26 @@ def dpo_norm(pairs: Pairs, *, beta: Positive) -> PerPair:
     return -F.logsigmoid(beta * (pairs.chosen.mean_logratio - pairs.rejected.mean_logratio))
 
 
+def r_dpo(pairs: Pairs, *, beta: Positive, alpha: Positive) -> PerPair:
+    """DPO with a price on length: a chosen completion that is longer has to lead by less.
+
+    Park et al. 2024 (arXiv:2403.19159).
+
+    Args:
+        pairs: evidence.
+        beta: weight of the pull to the reference.
+        alpha: price of a token, in units of the reward.
+
+    Optimum:
+        pi_ref exp((r - alpha |y|)/beta), normalised, r the Bradley-Terry reward.
+
+    Elsewhere:
+        TRL 1.16: none. What is called RPO there and elsewhere is another method.
+    """
+    longer = (pairs.chosen.tokens - pairs.rejected.tokens).to(pairs.margin.dtype)
+    return -F.logsigmoid(beta * pairs.margin + alpha * longer)
+
+
 def ld_dpo(pairs: SharedPairs, *, beta: Positive, alpha: Share) -> PerPair:
     """Length-desensitised DPO: tokens beyond the shorter side's length count alpha.
 
