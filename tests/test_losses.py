@@ -5,6 +5,8 @@ The papers' own checks, by their numbers, are in `methods/`.
 
 import inspect
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -351,3 +354,16 @@ def test_hyperparameters_bind_to_the_function() -> None:
     case = Case(DPO, {"beta": 0.1, "label_smoothing": 0.2})
     pairs = pairs_of([0.5], [-1.0])
     assert torch.equal(case(pairs), dpo(pairs, beta=0.1, label_smoothing=0.2))
+
+
+def test_the_library_imports_in_two_seconds_more_than_torch() -> None:
+    code = (
+        "import time, torch\n"
+        "start = time.process_time()\n"
+        "import prefopt.proofs, prefopt.classification, prefopt.loop, prefopt.generation\n"
+        "print(time.process_time() - start)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert float(finished.stdout) < 2

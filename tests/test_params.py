@@ -10,8 +10,8 @@ from conftest import PROJECT, shipped_params
 
 from prefopt.losses import LOSSES
 from prefopt.proofs import cases
-from stages.params import load_params, load_pretrain, read_yaml
-from stages.runs import TRAINABLE, bind, check_runs
+from stages.params import checked, load_params, load_pretrain, read_yaml
+from stages.runs import TRAINABLE, bind, check_runs, hyperparameter_schema
 from stages.training import optimisation
 
 Write = Callable[..., dict[str, Any]]
@@ -203,6 +203,13 @@ def test_a_psi_of_soft_preferences_is_taken_where_labels_have_them(write_params:
     run = {"loss": "psi_po", "tau": 0.1, "psi": {"logit": 0.01}}
     write_params(**{"label.method": "bradley_terry", "runs": {"x": run}})
     check_runs(load_params())
+
+
+@pytest.mark.parametrize("loss", ["f_dpg", "f_po"])
+def test_a_divergence_that_does_not_induce_dpo_is_taken_where_it_may_be(loss: str) -> None:
+    schema = hyperparameter_schema(LOSSES[loss])
+    plain = {"beta": 0.1, "temperature": 0.1} if loss == "f_po" else {}
+    assert checked(schema, {"divergence": "(t-1)**2", **plain}, loss).divergence.argmin == 1
 
 
 def test_all_mistakes_are_told_at_once(write_params: Write) -> None:
