@@ -35,7 +35,8 @@ def dpo(pairs: Pairs, *, beta: Positive, label_smoothing: Smoothing = 0.0) -> Pe
         beta h = log((1 - label_smoothing)/label_smoothing).
 
     Elsewhere:
-        TRL 1.16: loss_type sigmoid, which ignores label_smoothing without a word since 0.29.
+        TRL 1.16: loss_type sigmoid, which ignores label_smoothing without a word since 0.29; that
+        of its experimental CPOTrainer, without a reference, heeds it.
         HALOs: dpo, and cdpo with epsilon.
         OpenRLHF: label_smoothing as here.
         EXO's repository: dpo-pref.
@@ -232,7 +233,7 @@ def apo_zero(pairs: Pairs, *, beta: Positive) -> PerPair:
         None: u_w grows and u_l falls, with a gradient that vanishes.
 
     Elsewhere:
-        TRL 1.16: loss_type apo_zero.
+        TRL 1.16: loss_type apo_zero; KTOTrainer's apo_zero_unpaired is half of it on pairs.
     """
     chosen, rejected = beta * pairs.chosen.logratio, beta * pairs.rejected.logratio
     return 1 - chosen.sigmoid() + rejected.sigmoid()
@@ -374,8 +375,8 @@ def wpo(pairs: WeightedPairs, *, beta: Positive) -> PerPair:
         DPO's, of the reweighted pairs.
 
     Elsewhere:
-        TRL 1.16: use_weighting, with any loss; its product is also cut at 1.
-        WPO's repository: the same.
+        TRL 1.16: use_weighting, with any loss; its product is not cut at 1.
+        WPO's repository: cut, as here.
     """
     return -pairs.weight.detach() * F.logsigmoid(beta * pairs.pairs.margin)
 

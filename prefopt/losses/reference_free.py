@@ -32,7 +32,8 @@ def simpo(pairs: Pairs, *, beta: Positive, gamma: NonNegative) -> PerPair:
         None: mean log-probabilities part for ever.
 
     Elsewhere:
-        TRL 1.16, experimental CPOTrainer: loss_type simpo, simpo_gamma = gamma.
+        TRL 1.16, experimental CPOTrainer: loss_type simpo, simpo_gamma = gamma, and cpo_alpha = 0
+        or an NLL is added.
         SimPO's repository and open-instruct: gamma_beta_ratio = gamma/beta.
     """
     return -F.logsigmoid(beta * (pairs.chosen.mean_logp - pairs.rejected.mean_logp) - gamma)
@@ -73,7 +74,7 @@ def orpo(pairs: Pairs, *, odds_weight: Positive) -> PerPair:
 
     Elsewhere:
         TRL 1.16, experimental ORPOTrainer: beta = odds_weight, the NLL averaged over all tokens of
-        a micro-batch.
+        a micro-batch, those of prompts included but for the first.
     """
     odds = log_odds(pairs.chosen.mean_logp) - log_odds(pairs.rejected.mean_logp)
     return -pairs.chosen.mean_logp - odds_weight * F.logsigmoid(odds)
@@ -93,7 +94,8 @@ def slic(pairs: Pairs, *, delta: Positive, nll_weight: NonNegative) -> PerPair:
         Without the NLL, any policy whose chosen lead by delta nats.
 
     Elsewhere:
-        HALOs: slic. TRL's hinge is another loss, `hinge` here.
+        HALOs: slic. DPOTrainer's hinge in TRL is another loss, `hinge` here; its experimental
+        CPOTrainer's, with cpo_alpha = 0, is beta times this with delta = 1/beta and no NLL.
     """
     contrast = F.relu(delta - pairs.chosen.logp + pairs.rejected.logp)
     return contrast - nll_weight * pairs.chosen.logp

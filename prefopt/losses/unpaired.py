@@ -36,7 +36,8 @@ def kto(
         None: desirable log-ratios grow with a gradient that vanishes.
 
     Elsewhere:
-        TRL 1.16: KTOTrainer, desirable_weight and undesirable_weight the same.
+        TRL 1.16: KTOTrainer, desirable_weight and undesirable_weight the same; it mismatches with
+        the previous row of the micro-batch, this pipeline with the next pair of the step.
         HALOs: kto.
     """
     z = labelled.mismatched.logratio.mean().clamp(min=0).detach()
