@@ -1,8 +1,133 @@
-"""Which rows make an optimiser step, and which of those a micro-batch."""
+"""Which rows make an optimiser step, which of those a micro-batch, and how one lies in memory."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+
+# Rows of one tile of attention are padded to its longest, which may be longer than the shortest by
+# this share and these slots: fewer tiles against less padding.
+SLACK_SHARE = 0.15
+SLACK_SLOTS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A completion of a prompt, as token ids; both have at least one token."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass
+class Layout:
+    """A packed row: every distinct prompt once, the completions of its rows after it.
+
+    A completion's last token predicts nothing and has no slot.
+
+    Args:
+        tokens: token ids, slot by slot.
+        positions: places in their own rows, by which position embeddings go.
+        predictors: for every completion token, row by row, the slot whose output predicts it.
+        targets: those completion tokens.
+        lengths: completion tokens of each row.
+        tiles: for attention, the slots of rows of like length, shorter ones padded at their end
+            with slot 0, which no real query sees.
+        home: for every slot, its one place among the tiles laid end to end.
+        calls: how many layers have attended by this layout.
+    """
+
+    tokens: Int[Tensor, " slots"]
+    positions: Int[Tensor, " slots"]
+    predictors: Int[Tensor, " targets"]
+    targets: Int[Tensor, " targets"]
+    lengths: list[int]
+    tiles: list[Int[Tensor, "rows time"]]
+    home: Int[Tensor, " slots"]
+    calls: int = field(default=0)
+
+    def spans(self) -> list[slice]:
+        """Where each row's completion lies among the targets."""
+        ends = list(itertools.accumulate(self.lengths))
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+    def to(self, device: torch.device) -> "Layout":
+        return Layout(
+            self.tokens.to(device),
+            self.positions.to(device),
+            self.predictors.to(device),
+            self.targets.to(device),
+            self.lengths,
+            [tile.to(device) for tile in self.tiles],
+            self.home.to(device),
+        )
+
+
+def slots_of(rows: Iterable[Row]) -> int:
+    """Slots that rows take when packed."""
+    rows = list(rows)
+    prompts = {tuple(row.prompt) for row in rows}
+    return sum(map(len, prompts)) + sum(len(row.completion) - 1 for row in rows)
+
+
+def packed(rows: Sequence[Row]) -> Layout:
+    """Lay rows into one packed row, those of one prompt beside each other."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[list[int]] = [[] for _ in rows]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(tuple(row.prompt), []).append(number)
+    for prompt, members in groups.items():
+        trunk = list(range(len(tokens), len(tokens) + len(prompt)))
+        tokens += prompt
+        positions += range(len(prompt))
+        for number in members:
+            fed = list(rows[number].completion[:-1])
+            slots[number] = [*trunk, *range(len(tokens), len(tokens) + len(fed))]
+            tokens += fed
+            positions += range(len(prompt), len(prompt) + len(fed))
+    predictors = [
+        slot for number, row in enumerate(rows) for slot in slots[number][len(row.prompt) - 1 :]
+    ]
+    tiles, home = _tiled(slots, len(tokens))
+    return Layout(
+        tokens=torch.tensor(tokens),
+        positions=torch.tensor(positions),
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor([token for row in rows for token in row.completion]),
+        lengths=[len(row.completion) for row in rows],
+        tiles=tiles,
+        home=home,
+    )
+
+
+def _tiled(rows: list[list[int]], num_slots: int) -> tuple[list[Tensor], Tensor]:
+    """Tiles of rows of like length, and each slot's place in them."""
+    tiles: list[Tensor] = []
+    home = torch.empty(num_slots, dtype=torch.long)
+    order = sorted(rows, key=len)
+    start = place = 0
+    while start < len(order):
+        longest = max(len(order[start]) * (1 + SLACK_SHARE), len(order[start]) + SLACK_SLOTS)
+        end = start
+        while end < len(order) and len(order[end]) <= longest:
+            end += 1
+        tile = torch.zeros(end - start, len(order[end - 1]), dtype=torch.long)
+        for line, row in zip(tile, order[start:end], strict=True):
+            line[: len(row)] = torch.tensor(row)
+            # A shared prompt's slots are at home in each of its rows alike: any will do.
+            home[line[: len(row)]] = torch.arange(place, place + len(row))
+            place += tile.shape[1]
+        tiles.append(tile)
+        start = end
+    return tiles, home
 
 
 def steps_of_rows(num_rows: int, batch_size: int, num_epochs: int, seed: int) -> list[list[int]]:
@@ -19,7 +144,7 @@ def steps_of_rows(num_rows: int, batch_size: int, num_epochs: int, seed: int) ->
 
 
 def micro_batches(
-    rows: Iterable[int], lengths: Sequence[int], token_budget: int
+    rows: Iterable[int], lengths: Sequence[int] | Mapping[int, int], token_budget: int
 ) -> Iterator[list[int]]:
     """Cut `rows` into micro-batches of at most `token_budget` tokens after padding.
 

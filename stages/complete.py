@@ -10,7 +10,8 @@ import argparse
 from tqdm import tqdm
 
 from prefopt.generation import sample
-from prefopt.scoring import Row, score
+from prefopt.packing import Row
+from prefopt.scoring import score
 from stages import models
 from stages.artefacts import (
     PROMPTS,

@@ -19,8 +19,8 @@ from prefopt.batches import (
     SharedPairs,
     WeightedPairs,
 )
+from prefopt.packing import Row
 from prefopt.scoring import (
-    Row,
     token_logps,
     token_logps_and_collisions,
     token_logps_and_kls,
@@ -64,15 +64,14 @@ class Evidence:
                 f"{REFERENCE}: not row for row with {COMPLETIONS}, got {len(self.reference)} rows "
                 f"for {len(self.rows)}; run `dvc repro reference`"
             )
-        # What a pair takes of a micro-batch, both sides padded to the longer one.
-        self.lengths = [
-            2 * max(len(self.rows[chosen]), len(self.rows[rejected]))
-            for chosen, rejected in zip(self.pairs["chosen"], self.pairs["rejected"], strict=True)
-        ]
 
     def sides(self, pairs: Sequence[int]) -> list[int]:
         """Rows of the chosen completions of the pairs, then of the rejected ones."""
         return [self.pairs[side][pair] for side in ("chosen", "rejected") for pair in pairs]
+
+    def rows_of(self, pair: int) -> list[Row]:
+        """Both completions of a pair."""
+        return [self.rows[row] for row in self.sides([pair])]
 
     def num_tokens(self, pairs: Sequence[int]) -> int:
         """Tokens of both sides of the pairs, prompts included, padding excluded."""

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from prefopt import attention
+from prefopt.scoring import packs
+
+# Not in the registry of masks too: so a model makes none, and packed rows need none.
+AttentionInterface.register(attention.NAME, attention.attend)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -119,7 +125,18 @@ def load_policy(name: str) -> PreTrainedModel:
         policy.load_state_dict(weights)
         policy.tie_weights()
     torch.nn.Module.to(policy, device())
-    return policy.eval()
+    return with_engine(policy.eval())
+
+
+def with_engine(policy: PreTrainedModel) -> PreTrainedModel:
+    """The policy attending as packed rows need it, if it can; as it did before, if not."""
+    try:
+        policy.set_attn_implementation(attention.NAME)
+    except ValueError:
+        return policy
+    if not packs(policy):
+        policy.set_attn_implementation("sdpa")
+    return policy
 
 
 def save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -42,9 +42,10 @@ from prefopt.batches import Labelled, Pairs, Rankings, Scored, SharedPairs, Weig
 from prefopt.divergences import DIVERGENCES, alpha
 from prefopt.losses import LOSSES
 from prefopt.losses.likelihood import nll
+from prefopt.packing import Row
 from prefopt.proofs import Case, Proof, mapped
 from prefopt.psi import psi
-from prefopt.scoring import Row, token_logps, token_logps_and_collisions
+from prefopt.scoring import token_logps, token_logps_and_collisions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", TRLExperimentalWarning)

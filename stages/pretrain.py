@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.generation import sample
 from prefopt.loop import Checkpoints, Metrics, Optimisation, fit
-from prefopt.packing import steps_of_rows
-from prefopt.scoring import Row, token_logps
+from prefopt.packing import Row, steps_of_rows
+from prefopt.scoring import token_logps
 from stages.artefacts import program
 from stages.models import DTYPES, bos, eos, save
 from stages.params import Pretrain, load_pretrain

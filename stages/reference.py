@@ -5,7 +5,8 @@ Once for all runs: the reference is frozen.
 
 from tqdm import tqdm
 
-from prefopt.scoring import Row, score
+from prefopt.packing import Row
+from prefopt.scoring import score
 from stages import models
 from stages.artefacts import (
     COMPLETIONS,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from prefopt.loop import Metrics
-from prefopt.packing import micro_batches, steps_of_rows
-from prefopt.scoring import Row, token_logps
+from prefopt.packing import Row, steps_of_rows
+from prefopt.scoring import batches, token_logps
 from stages import models
 from stages.artefacts import (
     CHECKED,
@@ -42,14 +42,13 @@ def main() -> None:
             )
             if split == "train"
         ]
-        lengths = [len(row) for row in rows]
         policy = models.load_policy(params.base)
         models.train_only_top(policy, sft.top_layers)
         steps = steps_of_rows(len(rows), sft.batch_size, sft.num_epochs, compute.seed)
 
         def objective(step: int) -> Iterator[tuple[Tensor, Metrics]]:
             num_tokens = sum(len(rows[i].completion) for i in steps[step])
-            for batch in micro_batches(steps[step], lengths, compute.token_budget):
+            for batch in batches(policy, steps[step], lambda i: [rows[i]], compute.token_budget):
                 logps = token_logps(
                     policy, [rows[i] for i in batch], compute_dtype=models.DTYPES[compute.dtype]
                 )

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from prefopt.loop import Metrics
 from prefopt.losses.formulas import implicit_rewards, value
 from prefopt.losses.likelihood import nll
-from prefopt.packing import micro_batches, steps_of_rows
-from prefopt.scoring import score
+from prefopt.packing import steps_of_rows
+from prefopt.scoring import batches, score
 from stages import models
 from stages.artefacts import (
     COMPLETIONS,
@@ -117,7 +117,7 @@ def objective(
     counts from the training's start, as TRL's does: `tokens_before` before this step.
     """
     chosen_tokens = evidence.num_chosen_tokens(pairs)
-    for cut in micro_batches(pairs, evidence.lengths, token_budget):
+    for cut in batches(pair.policy, pairs, evidence.rows_of, token_budget):
         batch = evidence.batch(run.loss.evidence, cut, pairs, pair)
         losses = run.loss.function(batch, **run.hyperparameters)
         if step == 0:

@@ -7,7 +7,8 @@ import torch
 from conftest import VOCAB_SIZE, llama
 from torch import Tensor
 
-from prefopt.scoring import Row, score, token_logps
+from prefopt.packing import Row
+from prefopt.scoring import score, token_logps
 
 POLICY = llama()
 

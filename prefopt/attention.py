@@ -1,0 +1,141 @@
+"""Attention over packed rows: every completion sees its own prompt and itself, and nobody else.
+
+`attend` has the signature of Hugging Face's attention functions and is registered there by the
+caller. A forward pass that is given a `layout` (`prefopt.packing.Layout`) runs over one packed row;
+without one it is plain causal attention, for padded rows and for decoding with a cache.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prefopt.packing import Layout
+
+NAME = "prefopt"
+
+Heads = Float[Tensor, "batch heads time width"]
+
+
+def attend(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads time width"],
+    key: Float[Tensor, "batch kv_heads keys width"],
+    value: Float[Tensor, "batch kv_heads keys value_width"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "batch time heads value_width"], None]:
+    """One layer's attention; see the module.
+
+    Args:
+        module: the layer; only its place in the model is used, to count calls.
+        query: one head a query head.
+        key: one head a group of query heads.
+        value: likewise.
+        attention_mask: what the model made of a mask, for rows that are not packed.
+        scaling: of the scores; 1/sqrt(width) by default.
+        dropout: must be off, or log-ratios would not be zero at step 0.
+        sliding_window: positions that a query looks back, itself included.
+        softcap: scores are softcap * tanh(scores/softcap).
+        s_aux: one sink logit a head, which takes attention and gives nothing.
+        layout: of the packed row, of which there is one in the batch.
+    """
+    assert dropout == 0.0, "attention dropout is on; put the policy into eval mode"
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    special = _Special(scaling, sliding_window, softcap, s_aux)
+    if layout is None:
+        output = _rows(query, key, value, attention_mask, special)
+    else:
+        layout.calls += 1
+        parts = [
+            _rows(
+                _gathered(query, slots),
+                _gathered(key, slots),
+                _gathered(value, slots),
+                None,
+                special,
+            )
+            .transpose(0, 1)
+            .flatten(1, 2)
+            for slots in layout.tiles
+        ]
+        # Heads first; every slot is taken from the one place in the tiles that is its own.
+        output = torch.cat(parts, 1).index_select(1, layout.home)[None]
+    return output.transpose(1, 2).contiguous(), None
+
+
+class _Special:
+    """What some families add to plain attention."""
+
+    def __init__(
+        self,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        self.scaling, self.window, self.softcap, self.sinks = scaling, window, softcap, sinks
+
+
+def _gathered(x: Heads, slots: Tensor) -> Heads:
+    """Rows of slots out of the packed row, as a batch of their own."""
+    rows = x[0].index_select(1, slots.flatten())
+    return rows.view(x.shape[1], *slots.shape, x.shape[3]).transpose(0, 1)
+
+
+def _rows(query: Heads, key: Heads, value: Heads, mask: Tensor | None, special: _Special) -> Tensor:
+    """Causal attention within each row of a batch; keys may be older than the first query."""
+    time, keys = query.shape[2], key.shape[2]
+    if mask is not None:
+        allowed = mask[..., :keys]
+    elif special.window is not None and special.window < keys:
+        ages = torch.arange(keys - time, keys)[:, None] - torch.arange(keys)
+        allowed = ((ages >= 0) & (ages < special.window)).to(query.device)
+    elif 1 < time < keys:
+        allowed = torch.ones(time, keys, dtype=torch.bool, device=query.device).tril(keys - time)
+    else:
+        allowed = None
+    if special.softcap is not None or special.sinks is not None:
+        return _written_out(query, key, value, allowed, special)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=allowed,
+        is_causal=allowed is None and time > 1,
+        scale=special.scaling,
+    )
+
+
+def _written_out(
+    query: Heads, key: Heads, value: Heads, allowed: Tensor | None, special: _Special
+) -> Tensor:
+    """As the fused kernels, with soft-capped scores and sinks."""
+    scale = query.shape[-1] ** -0.5 if special.scaling is None else special.scaling
+    scores = scale * query @ key.transpose(-1, -2)
+    if special.softcap is not None:
+        scores = special.softcap * torch.tanh(scores / special.softcap)
+    time, keys = scores.shape[-2:]
+    if allowed is None:
+        allowed = torch.ones(time, keys, dtype=torch.bool, device=query.device).tril(keys - time)
+    if allowed.dtype == torch.bool:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    else:
+        scores = scores + allowed
+    if special.sinks is not None:
+        sinks = special.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return weights @ value
