@@ -1,6 +1,6 @@
 """The command `prefopt`: a thin front door. Each subcommand imports what it needs when called."""
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,6 +13,8 @@ import typer
 
 Answer = TypeVar("Answer")
 
+# Of commands that take a formula: one may begin with a minus.
+FORMULAS = {"ignore_unknown_options": True}
 TIMES = Path(".prefopt/times.jsonl")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -49,7 +51,7 @@ def losses() -> None:
     typer.echo(losses_table())
 
 
-@app.command()
+@app.command(context_settings=FORMULAS)
 def explain(
     name: Annotated[str, typer.Argument(help="a loss, or a divergence", metavar="NAME")],
 ) -> None:
@@ -59,7 +61,7 @@ def explain(
     typer.echo(_or_exit(lambda: explain.explain(name)))
 
 
-@app.command()
+@app.command(context_settings=FORMULAS)
 def divergence(
     formula: Annotated[
         str, typer.Argument(help="f(t), such as '0.5*log(t)**2', or a name", metavar="EXPR")
@@ -71,6 +73,8 @@ def divergence(
     """Classify an f-divergence: convex, DPO-inducing, displacement-resistant, and why."""
     from prefopt import explain
 
+    if picture is not None and picture.suffix != ".svg":
+        sys.exit(f"--picture: an SVG file is drawn, got '{picture}'; let its name end in .svg")
     typer.echo(_or_exit(lambda: explain.explain_divergence(formula)))
     if picture is not None:
         from prefopt.classification import curves
@@ -96,18 +100,25 @@ def verify_losses(
     found: list[Proof] = []
     for row in tqdm(rows, desc="proofs", unit="loss"):
         found += proofs(row)
-    trl = importlib.util.find_spec("trl") is not None
-    if trl:
+    if _is_installed("trl"):
         from stages.oracle import COMPARISONS, side_by_side
 
         names = {row.name for row in rows}
         compared = [comparison for comparison in COMPARISONS if comparison.loss in names]
-        bar = tqdm(side_by_side(compared), total=len(compared), desc="beside TRL", unit="loss")
-        found += bar
-    typer.echo(proofs_table(found))
-    if not trl:
-        typer.echo("TRL is not installed: no comparison with it")
+        found += tqdm(side_by_side(compared), total=len(compared), desc="beside TRL", unit="case")
+        typer.echo(proofs_table(found))
+    else:
+        typer.echo(proofs_table(found))
+        typer.echo("TRL is not installed, so that nothing was compared with it")
     sys.exit(0 if all(proof.holds for proof in found) else 1)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _or_exit(answer: Callable[[], Answer]) -> Answer:

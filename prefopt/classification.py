@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import TypeVar
 
 import sympy
@@ -30,7 +31,7 @@ ROUNDING = 1e-12
 
 LARGEST_LOGRATIO = 100.0
 LARGEST_VALUE = 1e30
-PATIENCE = 3  # seconds for one question to sympy
+PATIENCE = 3  # seconds of computing for one question to sympy
 LARGEST_SIMPLIFIED = 60  # operations
 LONGEST_SHOWN = 40  # characters of a closed form
 LARGEST_SHOWN = 4.0  # log-ratio of what a picture must show
@@ -150,7 +151,7 @@ def classify(text: str) -> Classification:
         slope_at_one = sympy.Integer(0)
     score = _expanded(slope - slope_at_one)
     f_in_torch, score_in_torch = _in_torch(f_of_u), _in_torch(score)
-    _check(text, f_in_torch, score_in_torch, float(slope_at_one))
+    _check(text, f_of_u, f_in_torch, score_in_torch, float(slope_at_one))
     rise = None if score.has(*KINKED) else _simplified(sympy.diff(score, U))
     slope_at_zero = _slope_at_zero(derivative, slope)
     argmin = _argmin(derivative, slope, f_in_torch)
@@ -235,15 +236,18 @@ def _parsed(text: str) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr, sympy.Expr]:
         with _alarm():
             f = parse(text, {"t": T})
             derivative = sympy.diff(f, T)
+            # A sign may stand in an f that does not jump; those that do are found on the grid.
+            derivative = derivative.subs(dict.fromkeys(derivative.atoms(sympy.DiracDelta), 0))
             f_of_u = _in_u(f)
-    except TimeoutError:
+    except (OverflowError, RecursionError, TimeoutError):
         raise ValueError(
-            f"not differentiated within {PATIENCE} seconds, got '{text}'; write it shorter"
+            f"not differentiated within {PATIENCE} seconds, got '{text}'; write it shorter, and "
+            "with smaller numbers"
         ) from None
     if f.has(sympy.zoo, sympy.nan, sympy.oo) or not f.has(T):
         raise ValueError(f"not a generator, got '{text}'; f must be finite and depend on t")
-    if derivative.has(sympy.DiracDelta):
-        raise ValueError(f"not a generator, got '{text}'; f must not jump")
+    if not all(map(_is_real, (f, derivative, f_of_u))):
+        raise ValueError(f"not a generator, got '{text}'; a number in it is complex or too large")
     derivative = _simplified(derivative)
     for expression, name in ((f, "f"), (derivative, "f'")):
         holes = _holes(expression)
@@ -253,6 +257,12 @@ def _parsed(text: str) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr, sympy.Expr]:
                 "be so for every t > 0"
             )
     return f, derivative, f_of_u, _in_u(derivative)
+
+
+def _is_real(expression: sympy.Expr) -> bool:
+    """Whether every number in it is, and can be calculated."""
+    numbers = [part for part in sympy.preorder_traversal(expression) if part.is_number]
+    return all(math.isfinite(_real(number)) for number in numbers)
 
 
 def _holes(expression: sympy.Expr) -> list[sympy.Basic]:
@@ -291,21 +301,25 @@ def _in_u(expression: sympy.Expr) -> sympy.Expr:
 def _alarm() -> Generator[None, None, None]:
     """A `TimeoutError` inside, once patience ends."""
 
-    def give_up(*_: object) -> None:
-        raise TimeoutError
+    def give_up(_: int, frame: FrameType | None) -> None:
+        # Elsewhere, in the callback of a dying object say, nothing could be raised.
+        if frame is not None and frame.f_globals.get("__name__", "").startswith(
+            ("sympy.", "mpmath.")
+        ):
+            raise TimeoutError
 
     # An alarm rings in the main thread alone; elsewhere there is no hurry.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, give_up)
+    before = signal.signal(signal.SIGVTALRM, give_up)
     try:
-        # It rings again, should sympy have caught the first.
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1)
+        # It rings until it is heard: sympy may catch the exception, too.
+        signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE, 0.01)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _asked(question: Callable[[], Answer], otherwise: Answer) -> Answer:
@@ -368,7 +382,9 @@ def _tensor(x: "Tensor | float") -> Tensor:
     return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
 
 
-def _check(text: str, f: Function, score: Function, slope_at_one: float) -> None:
+def _check(
+    text: str, f_of_u: sympy.Expr, f: Function, score: Function, slope_at_one: float
+) -> None:
     """Refuse what is not finite and continuous, or never changes."""
     # At the log-ratios that training may meet, in its dtype, with its gradient; then densely.
     far = torch.tensor([-300.0, -30.0, -1.0, 0.0, 0.5, 1.0, 30.0, 300.0], requires_grad=True)
@@ -385,22 +401,38 @@ def _check(text: str, f: Function, score: Function, slope_at_one: float) -> None
                     f"not a generator, got '{text}': {name} has no finite real value and slope, as "
                     f"computers calculate, near t = {at:.3g}; it must have them for every t > 0"
                 )
-    slopes = score(GRID)
-    if slopes.abs().max() < ROUNDING:
+    for at, what in (
+        (_first_pole(f_of_u), "be infinite"),
+        (_first_jump(f(GRID), score(GRID) + slope_at_one), "jump"),
+    ):
+        if at is not None:
+            raise ValueError(
+                f"not a generator, got '{text}'; f must not {what}, as near t = {math.exp(at):.3g}"
+            )
+    if score(GRID).abs().max() < ROUNDING:
         raise ValueError(
             f"not a generator, got '{text}'; f is linear in t, so its divergence never changes"
         )
-    values, slopes = f(GRID), slopes + slope_at_one
-    steps = values.diff()
-    against = (steps * slopes[1:] < 0) & (steps * slopes[:-1] < 0)
-    # Not where the sign of a step or of a slope is that of its rounding.
-    against &= steps.abs() > 1e-9 * values.abs().clamp(min=1.0)[1:]
-    against &= slopes[1:].abs() > 1e-9 * max(1.0, abs(slope_at_one))
-    if against.any():
-        at = math.exp(GRID[against.nonzero()[0, 0]].item())
-        raise ValueError(
-            f"not a generator, got '{text}'; f must not jump, as it does near {at:.3g}"
-        )
+
+
+def _first_pole(f_of_u: sympy.Expr) -> float | None:
+    """The first u of the grid at which a denominator passes through zero."""
+    for power in f_of_u.atoms(sympy.Pow):
+        if power.base.has(U) and power.exp.is_negative:
+            signs = _in_torch(power.base)(GRID).sign()
+            crossed = signs[1:] * signs[:-1] < 0
+            if crossed.any():
+                return GRID[crossed.nonzero()[0, 0]].item()
+    return None
+
+
+def _first_jump(values: Tensor, slopes: Tensor) -> float | None:
+    """The first u of the grid from which f steps farther than f' allows."""
+    cut = slopes.abs() >= LARGEST_VALUE
+    reach = (slopes * GRID.exp()).abs().where(~cut, INFINITY)
+    allowed = 3 * STEP * torch.maximum(reach[1:], reach[:-1])
+    jumps = values.diff().abs() > allowed + 1e-7 * values.abs().clamp(min=1.0)[1:]
+    return GRID[jumps.nonzero()[0, 0]].item() if jumps.any() else None
 
 
 def _first_fall(score: Function) -> float | None:
@@ -458,7 +490,7 @@ def _limit(
 
 
 def _real(number: sympy.Basic) -> float:
-    return float(_asked(lambda: sympy.N(number, 30), sympy.nan))
+    return _asked(lambda: float(sympy.N(number, 30)), math.nan)
 
 
 def _slope_at_zero(derivative: sympy.Expr, slope: sympy.Expr) -> Finding:

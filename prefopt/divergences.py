@@ -111,6 +111,11 @@ def dpo_inducing_divergence(spec: Any) -> Divergence:
         ValueError: if f'(0+) is finite, with an example of what would go wrong.
     """
     found = divergence(spec)
+    if found.slope_at_zero == INFINITY:
+        raise ValueError(
+            f"'{found}' is not DPO-inducing: f'(0+) = +inf draws probabilities to zero; take an f "
+            "with f'(0+) = -inf, such as 't*log(t)'"
+        )
     if not found.dpo_inducing:
         raise ValueError(
             f"'{found}' is not DPO-inducing: f'(0+) = {found.slope_at_zero:g} is finite, so some "

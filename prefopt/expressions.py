@@ -75,7 +75,10 @@ def parse(
         raise ValueError(
             f"not a formula, got '{text}' ({reason}); write one like 't*log(t)'"
         ) from None
-    return _Parser(text, names, functions).expression(tree.body)
+    try:
+        return _Parser(text, names, functions).expression(tree.body)
+    except RecursionError:
+        raise ValueError(f"a formula nested too deeply, got '{text}'; write it flatter") from None
 
 
 class _Parser:
@@ -103,6 +106,8 @@ class _Parser:
                 name in self.functions
             ):
                 return self.call(node, name, [self.expression(argument) for argument in arguments])
+            case ast.Call(func=ast.Name(id=name), keywords=[_, *_]) if name in self.functions:
+                raise self.refusal(node, f"'{name}' takes no named arguments")
             case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)):
                 raise self.refusal(node, f"'{name}' is not known here")
             case _:
@@ -147,6 +152,8 @@ class _Parser:
                 raise self.refusal(node, "an operator other than + - * / **")
 
     def call(self, node: ast.expr, name: str, arguments: list[sympy.Expr]) -> sympy.Expr:
+        if not arguments:
+            raise self.refusal(node, f"'{name}' does not take 0 arguments")
         try:
             return self.functions[name](*arguments)
         except TypeError:

@@ -6,6 +6,7 @@ its minimum at g(y) - E Psi(P(y' > y)), g the utility that is wanted, and the se
 only then. A label that is one coin's fall stands for its probability only if Psi is affine.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ IN_TORCH: dict[str, Callable[..., Tensor]] = {
     "log": torch.log,
     "Abs": torch.abs,
     "sign": torch.sign,
+    "Max": lambda *xs: functools.reduce(torch.maximum, map(torch.as_tensor, xs)),
+    "Min": lambda *xs: functools.reduce(torch.minimum, map(torch.as_tensor, xs)),
 }
 NAMED = {"identity": "q", "logit": "log(q/(1 - q))"}
 TOLERANCE = 1e-9
@@ -72,7 +75,7 @@ def psi(spec: Any) -> Psi:
     if not isinstance(name, str) or (name.isidentifier() and name not in {*NAMED, "q"}):
         raise ValueError(
             f"unknown psi {spec!r}; known: {', '.join(NAMED)}, a formula in q such as "
-            "'q**3 - 1.5*q**2', or {either: clip}"
+            "'3*q**2 - 2*q**3', or {either: clip}"
         )
     if not (isinstance(clip, int | float) and 0 <= clip < 0.5):
         raise ValueError(f"psi's clip must lie in [0, 0.5), got {clip!r}")
@@ -85,6 +88,8 @@ def psi(spec: Any) -> Psi:
             f"psi '{name}' is not finite on [{clip}, {1 - clip:g}]: a preference of 0 or 1 would "
             f"ask for an infinite margin; clip preferences, as {{{name}: 0.01}} does"
         )
+    if values.max() - values.min() <= TOLERANCE:
+        raise ValueError(f"psi '{name}' is constant; every probability would be worth the same")
     if (values.diff() < -TOLERANCE).any():
         raise ValueError(f"psi '{name}' decreases; a greater probability must not be worth less")
     sums = values + values.flip(0)

@@ -17,8 +17,8 @@ from prefopt.divergences import DIVERGENCES
 from prefopt.loop import Metrics
 from prefopt.losses import LOSSES
 from prefopt.losses.formulas import value as formula
-from prefopt.proofs import Case, batch_of, cases
 from prefopt.packing import Row
+from prefopt.proofs import Case, batch_of, cases
 from prefopt.scoring import token_logps
 from stages import params, train
 from stages.artefacts import (

@@ -185,7 +185,7 @@ LOSSES: dict[str, Loss] = {
              "beta*u", "1 - alpha/2", "Choi et al. 2024, 2406.01660"),
         Loss("f_dpg", "distributional", "Samples",
              "-sg(exp(logp - logp_q)*(max(floor, -derivative(logp - logp_p)) - baseline))*logp",
-             "", "", "Go et al. 2023, 2302.08215"),
+             "", "", "Go et al. 2023, 2302.08215", reference=False),
     )
 }
 # fmt: on
