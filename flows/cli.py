@@ -129,6 +129,22 @@ def _or_exit(answer: Callable[[], Answer]) -> Answer:
         sys.exit(str(error))
 
 
+cache = typer.Typer(no_args_is_help=True, help="What was computed once and is kept.")
+app.add_typer(cache, name="cache")
+
+
+@cache.command("explain")
+def cache_explain() -> None:
+    """Say which reference log-probabilities are stored, and what of their key made a miss."""
+    from stages.params import load_params
+    from stages.store import explain
+
+    try:
+        typer.echo(explain(load_params().compute))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
 def _show_results(times: list[tuple[str, float]]) -> None:
     stamped = _run(sys.executable, "-m", "stages.report", "--publish", capture=True)
     if stamped.returncode != 0:

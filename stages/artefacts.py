@@ -80,6 +80,10 @@ CANDIDATES_SCHEMA = _schema(prompt=pa.int64(), text=pa.string(), tokens=_TOKENS)
 COMPLETIONS_SCHEMA = _schema(prompt=_TOKENS, completion=_TOKENS)
 PAIRS_SCHEMA = _schema(chosen=pa.int64(), rejected=pa.int64(), preference=pa.float32())
 REFERENCE_SCHEMA = _schema(logps=_NATS)
+# Of the store: a prompt with its completions, by the digest of their token ids.
+RECORDS_SCHEMA = _schema(
+    group=pa.string(), logps=pa.list_(pa.field("element", _NATS, nullable=False))
+)
 LOGRATIOS_SCHEMA = _schema(chosen=pa.float32(), rejected=pa.float32())
 SAMPLES_SCHEMA = _schema(
     prompt=pa.int64(),  # row of prompts

@@ -4,6 +4,7 @@ A pair's two sides are rows of `completions`. What a loss needs beyond their sum
 log-probabilities is computed here, from the policy and, where it must be alive, the reference.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,14 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
+    SFT,
     read_table,
 )
+from stages.store import grouped
 
 Logps = list[Tensor]  # one tensor of token log-probabilities a row
+
+AUDIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # nats a token
 
 # Evidence for which the stored log-probabilities of the reference are not enough.
 READS_LIVE_REFERENCE = ("SequentialPairs", "Labelled")
@@ -84,6 +89,36 @@ class Evidence:
     def batch(self, kind: str, pairs: Sequence[int], step: Sequence[int], models: Models) -> Any:
         """The batch of type `kind` that these pairs of a step make; carries the gradient."""
         return ASSEMBLE[kind](self, pairs, step, models)
+
+    @torch.no_grad()
+    def audit(self, models: Models, num_prompts: int, seed: int) -> float:
+        """Score prompts at random again, by the policy before its first step; nats of deviation.
+
+        Raises:
+            ValueError: if a stored log-probability is missing, or off by more than rounding.
+        """
+        for row, (stored, logps) in enumerate(zip(self.rows, self.reference, strict=True)):
+            if len(stored.completion) != len(logps):
+                raise ValueError(
+                    f"{REFERENCE}: row {row} has {len(logps)} log-probabilities, got a completion "
+                    f"of {len(stored.completion)} tokens; run `dvc repro --force reference`"
+                )
+        groups = grouped(self.rows)
+        drawn = random.Random(seed).sample(groups, min(num_prompts, len(groups)))
+        worst = 0.0
+        for group in drawn:
+            rows = [self.rows[row] for row in group.rows]
+            found = token_logps(models.policy, rows, compute_dtype=models.compute_dtype)
+            for row, logps in zip(group.rows, found, strict=True):
+                expected = torch.tensor(self.reference[row], device=logps.device)
+                worst = max(worst, (logps - expected).abs().max().item())
+        if not worst <= AUDIT_TOLERANCE[models.compute_dtype]:
+            raise ValueError(
+                f"{REFERENCE}: {len(drawn)} prompts scored again by {SFT} differ, got up to "
+                f"{worst:.3g} nats a token; it was made by other weights or another dtype: run "
+                "`dvc repro --force reference`"
+            )
+        return worst
 
     def paired(
         self, pairs: Sequence[int], logps: Logps, tokens: Sequence[int] | None = None

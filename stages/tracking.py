@@ -213,6 +213,8 @@ def _deliver(client: "MlflowClient", path: Path) -> bool:
     for event in rest:
         if "logratios" in event:
             client.set_tag(run.info.run_id, "prefopt.logratios", event["logratios"])
+        if "audit" in event:
+            client.set_tag(run.info.run_id, "prefopt.reference_audit", event["audit"])
     status = "FAILED" if end is None else end["end"]
     last = events[-1]["time"]
     client.set_terminated(run.info.run_id, status=status, end_time=last)

@@ -36,6 +36,8 @@ from stages.runs import Run, bind
 from stages.tracking import track
 from stages.training import train
 
+NUM_AUDITED = 8  # prompts of the reference that are scored again before the first step
+
 # Policy and reference are scored in different micro-batches, whose sums round differently.
 STEP_0_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
@@ -75,6 +77,8 @@ def main() -> None:
         alive = run.loss.evidence in READS_LIVE_REFERENCE
         reference = models.load_policy(str(SFT)).requires_grad_(False) if alive else None
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
+        deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
+        journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
         steps = steps_of_rows(
             len(evidence.pairs["chosen"]),
             run.optimiser.batch_size,
