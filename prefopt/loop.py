@@ -7,11 +7,16 @@ checkpoint is weights, optimiser moments, the step and the log: a killed run res
 bits.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,9 +51,24 @@ class Optimisation:
     beta2: float = 0.999
 
 
+class Diverged(FloatingPointError):
+    """A step whose loss or gradient is not finite; the policy is as it was before."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Terminated(SystemExit):
+    """SIGTERM came; the state of the last whole step is saved."""
+
+
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a run keeps what it needs to resume, and how often it writes it."""
+    """Where a run keeps what it needs to resume, and how often it writes it.
+
+    The last two are kept; one that is not what was written is passed over, with a warning.
+    """
 
     directory: Path
     every: int
@@ -75,7 +95,8 @@ def fit(
         checkpoints: if given, resume from there and write there.
 
     Raises:
-        FloatingPointError: if a step's loss or gradient norm is not finite.
+        Diverged: if a step's loss or gradient norm is not finite; the state before it is saved.
+        Terminated: on SIGTERM, after the step under way, if there are checkpoints.
     """
     parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     optimiser = _adamw(parameters, optimisation)
@@ -84,28 +105,69 @@ def fit(
         history = _restore(checkpoints.directory, parameters, optimiser)
     for metrics in history:
         log(metrics)
-    for step in range(len(history), num_steps):
-        learning_rate = optimisation.learning_rate * decay(step, num_steps, optimisation)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate
-        metrics: Metrics = {}
-        for loss, parts in objective(step):
-            loss.backward()
-            for name, value in {"loss": loss.item(), **parts}.items():
-                metrics[name] = metrics.get(name, 0.0) + value
-        norm = nn.utils.clip_grad_norm_(parameters.values(), optimisation.max_grad_norm).item()
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {metrics['loss']}, gradient norm {norm}; "
-                "lower the learning rate, or look for a log-ratio that has run away"
-            )
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        metrics = {"step": step, **metrics, "grad_norm": norm, "learning_rate": learning_rate}
-        history.append(metrics)
-        log(metrics)
-        if checkpoints is not None and (step + 1) % checkpoints.every == 0:
+
+    def save() -> None:
+        if checkpoints is not None:
             _save(checkpoints.directory, parameters, optimiser, history)
+
+    with _sigterm_noted(checkpoints is not None) as came:
+        for step in range(len(history), num_steps):
+            try:
+                metrics = _step(step, num_steps, parameters, objective, optimisation, optimiser)
+            except Diverged:
+                save()
+                raise
+            history.append(metrics)
+            log(metrics)
+            if checkpoints is not None and len(history) % checkpoints.every == 0:
+                save()
+            if came.is_set():
+                save()
+                raise Terminated(128 + signal.SIGTERM)
+
+
+def _step(
+    step: int,
+    num_steps: int,
+    parameters: dict[str, nn.Parameter],
+    objective: Objective,
+    optimisation: Optimisation,
+    optimiser: torch.optim.AdamW,
+) -> Metrics:
+    """One optimiser step, and what there is to tell of it."""
+    learning_rate = optimisation.learning_rate * decay(step, num_steps, optimisation)
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate
+    metrics: Metrics = {}
+    for loss, parts in objective(step):
+        loss.backward()
+        for name, value in {"loss": loss.item(), **parts}.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    norm = nn.utils.clip_grad_norm_(parameters.values(), optimisation.max_grad_norm).item()
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+        raise Diverged(
+            step,
+            f"step {step}: loss {metrics['loss']}, gradient norm {norm}; "
+            "lower the learning rate, or look for a log-ratio that has run away",
+        )
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return {"step": step, **metrics, "grad_norm": norm, "learning_rate": learning_rate}
+
+
+@contextmanager
+def _sigterm_noted(wanted: bool) -> Generator[threading.Event, None, None]:
+    """Until the end, SIGTERM sets the event and does nothing else."""
+    came = threading.Event()
+    # Signals are the main thread's alone.
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def decay(step: int, num_steps: int, optimisation: Optimisation) -> float:
@@ -153,12 +215,13 @@ def _save(
     save_file(tensors, partial / "state.safetensors")
     with open(partial / "history.jsonl", "w") as file:
         file.writelines(json.dumps(metrics) + "\n" for metrics in history)
+    (partial / "digests.json").write_text(json.dumps(_digests(partial)))
     for path in partial.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    for older in sorted(p for p in directory.iterdir() if p.name.isdigit())[:-1]:
+    for older in sorted(p for p in directory.iterdir() if p.name.isdigit())[:-2]:
         shutil.rmtree(older)
 
 
@@ -166,6 +229,14 @@ def _restore(
     directory: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.AdamW
 ) -> list[Metrics]:
     saved = sorted(p for p in directory.glob("*") if p.name.isdigit())
+    while saved and not _is_whole(saved[-1]):
+        damaged = saved.pop()
+        warnings.warn(
+            f"{damaged}: a damaged checkpoint; going on from "
+            f"{saved[-1].name if saved else 'the start'}",
+            stacklevel=2,
+        )
+        shutil.rmtree(damaged)
     if not saved:
         return []
     tensors = load_file(saved[-1] / "state.safetensors")
@@ -179,3 +250,20 @@ def _restore(
         optimiser.state[parameter][key] = value.to(parameter.device)
     with open(saved[-1] / "history.jsonl") as file:
         return [json.loads(line) for line in file]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its bytes are those that were written."""
+    digests = checkpoint / "digests.json"
+    try:
+        return json.loads(digests.read_text()) == _digests(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in ("state.safetensors", "history.jsonl"):
+        with open(checkpoint / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -2,14 +2,15 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prefopt.loop import Metrics
+from prefopt.loop import Diverged, Metrics
 from prefopt.losses.formulas import implicit_rewards, value
 from prefopt.losses.likelihood import nll
 from prefopt.packing import steps_of_rows
@@ -86,24 +87,40 @@ def main() -> None:
             compute.seed,
         )
         tokens_before = [0, *itertools.accumulate(map(evidence.num_tokens, steps))]
-        train(
-            policy,
-            lambda step: objective(
-                pair, evidence, run, compute.token_budget, steps[step], step, tokens_before[step]
-            ),
-            len(steps),
-            run.optimiser,
-            workspace,
-            model=model_of(name),
-            tokenizer=str(SFT),
-            curve=curve_of(name),
-            checkpoint_every=compute.checkpoint_every,
-            journal=journal,
-        )
+        with naming_the_pairs_of(steps):
+            train(
+                policy,
+                lambda step: objective(
+                    pair,
+                    evidence,
+                    run,
+                    compute.token_budget,
+                    steps[step],
+                    step,
+                    tokens_before[step],
+                ),
+                len(steps),
+                run.optimiser,
+                workspace,
+                model=model_of(name),
+                tokenizer=str(SFT),
+                curve=curve_of(name),
+                checkpoint_every=compute.checkpoint_every,
+                journal=journal,
+            )
         logratios = logratios_after(policy, evidence, compute)
         write_table(workspace.partial(logratios_of(name)), logratios, LOGRATIOS_SCHEMA)
         # By this a later evaluation finds the record of this training.
         journal.write({"logratios": digest(workspace.partial(logratios_of(name)))})
+
+
+@contextmanager
+def naming_the_pairs_of(steps: list[list[int]]) -> Generator[None, None, None]:
+    """Tell of a step that diverged which pairs it was of."""
+    try:
+        yield
+    except Diverged as error:
+        raise ValueError(f"{error}; it was of rows {steps[error.step]} of {PAIRS}") from error
 
 
 def objective(

@@ -15,7 +15,16 @@ import torch
 from conftest import PROJECT
 from torch import Tensor, nn
 
-from prefopt.loop import Checkpoints, Metrics, Objective, Optimisation, decay, fit
+from prefopt.loop import (
+    Checkpoints,
+    Diverged,
+    Metrics,
+    Objective,
+    Optimisation,
+    Terminated,
+    decay,
+    fit,
+)
 
 NUM_STEPS = 10
 OPTIMISATION = Optimisation(learning_rate=0.01, schedule="cosine", warmup=0.2, weight_decay=0.1)
@@ -146,7 +155,7 @@ def test_a_run_that_was_sent_sigkill_resumes_to_the_same_bits(tmp_path: Path) ->
         )
 
     assert run("kill").returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000006"]
+    assert names(tmp_path / "checkpoints") == ["00000003", "00000006"]
     resumed = run("resume")
     assert resumed.returncode == 0, resumed.stderr
 
@@ -165,10 +174,89 @@ def test_a_checkpoint_that_was_cut_off_is_ignored(tmp_path: Path) -> None:
     assert len(log) == NUM_STEPS
 
 
-def test_only_the_newest_checkpoint_is_kept_with_its_log(tmp_path: Path) -> None:
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "history.jsonl", "digests.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, file: str, damage: str
+) -> None:
+    straight, straight_log = trained()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3)
+    with pytest.raises(Killed):
+        trained(checkpoints=checkpoints, kill_at=7)
+    path = checkpoints.directory / "00000006" / file
+    written = path.read_bytes()
+    match damage:
+        case "cut":
+            path.write_bytes(written[:-20])
+        case "changed":
+            path.write_bytes(written[:-9] + bytes([written[-9] ^ 1]) + written[-8:])
+        case _:
+            path.unlink()
+    with pytest.warns(UserWarning, match="00000006: a damaged checkpoint; going on from 00000003"):
+        resumed, log = trained(checkpoints=checkpoints)
+    assert same_bits(straight, resumed)
+    assert log == straight_log
+
+
+def test_with_no_whole_checkpoint_a_run_starts_again(tmp_path: Path) -> None:
+    straight, _ = trained()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 6)
+    with pytest.raises(Killed):
+        trained(checkpoints=checkpoints, kill_at=7)
+    (checkpoints.directory / "00000006" / "state.safetensors").unlink()
+    with pytest.warns(UserWarning, match="a damaged checkpoint; going on from the start"):
+        resumed, _ = trained(checkpoints=checkpoints)
+    assert same_bits(straight, resumed)
+
+
+def test_sigterm_saves_the_step_under_way_and_ends_the_run(tmp_path: Path) -> None:
+    straight, straight_log = trained()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 100)
+    policy, log = network(), []
+    objective = squares(policy)
+
+    def terminated(step: int) -> Iterator[tuple[Tensor, Metrics]]:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from objective(step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated) as ended:
+        fit(policy, terminated, NUM_STEPS, OPTIMISATION, log=log.append, checkpoints=checkpoints)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert names(checkpoints.directory) == ["00000005"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed, resumed_log = trained(checkpoints=checkpoints)
+    assert same_bits(straight, resumed)
+    assert resumed_log == straight_log
+
+
+def test_a_step_that_diverges_is_named_and_the_state_before_it_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 100)
+    policy = network()
+    objective = squares(policy)
+
+    def diverging(step: int) -> Iterator[tuple[Tensor, Metrics]]:
+        for loss, metrics in objective(step):
+            yield loss * (math.nan if step == 4 else 1.0), metrics
+
+    with pytest.raises(Diverged, match="step 4: loss nan") as raised:
+        fit(policy, diverging, NUM_STEPS, OPTIMISATION, log=lambda _: None, checkpoints=checkpoints)
+    assert raised.value.step == 4
+    assert names(checkpoints.directory) == ["00000004"]
+    straight, _ = trained()
+    resumed, _ = trained(checkpoints=checkpoints)
+    assert same_bits(straight, resumed)
+
+
+def test_the_two_newest_checkpoints_are_kept_with_their_logs(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 3)
     _, log = trained(checkpoints=checkpoints)
-    assert [path.name for path in tmp_path.iterdir()] == ["00000009"]
+    assert names(tmp_path) == ["00000006", "00000009"]
     lines = (tmp_path / "00000009" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == log[:9]
 
