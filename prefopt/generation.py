@@ -69,11 +69,16 @@ def _decode(
     device = next(policy.parameters()).device
     completions: list[list[int]] = [[] for _ in range(len(prompts))]
     alive = list(range(len(prompts)))
-    tokens, cache = prompts.to(device), None
+    # A prompt of several samples is computed once.
+    tokens, sample_of = prompts.to(device).unique(dim=0, return_inverse=True)
+    cache = None
     for step in range(uniforms.shape[1]):
         output = policy(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        cumulative = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
+        cache, logits = output.past_key_values, output.logits[:, -1]
+        if step == 0:
+            cache.batch_select_indices(sample_of)
+            logits = logits[sample_of]
+        cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
         drawn = uniforms[alive, step].to(device)[:, None] * cumulative[:, -1:]
         # A uniform of exactly the total would fall off the end of the vocabulary.
         drawn = torch.searchsorted(cumulative, drawn, right=True).clamp(max=cumulative.shape[1] - 1)

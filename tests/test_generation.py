@@ -50,6 +50,18 @@ def test_a_row_does_not_depend_on_its_neighbours(batch_size: int) -> None:
     assert backwards[::-1] == alone
 
 
+def test_a_prompt_of_several_samples_is_computed_once() -> None:
+    shapes: list[tuple[int, ...]] = []
+    hook = POLICY.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    try:
+        together = sampled([[0, 3, 4], [0, 5, 6], [0, 3, 4], [0, 3, 4]], [1, 2, 3, 4])
+    finally:
+        hook.remove()
+    assert shapes[:2] == [(2, 3), (4, 1)]
+    alone = [sampled([p], [s])[0] for p, s in (([0, 3, 4], 1), ([0, 5, 6], 2), ([0, 3, 4], 3))]
+    assert together[:3] == alone
+
+
 def test_another_seed_is_another_sample() -> None:
     many = sampled([[0, 3]] * 200, list(range(200)))
     assert len({tuple(completion) for completion in many}) > 50
