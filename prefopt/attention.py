@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prefopt.packing import Layout
 
 NAME = "prefopt"
 
-Heads = Float[Tensor, "batch heads time width"]
+Queries = Float[Tensor, "batch heads time width"]
+Keys = Float[Tensor, "batch heads keys width"]
+Values = Float[Tensor, "batch heads keys value_width"]
 
 
 def attend(
@@ -88,13 +90,17 @@ class _Special:
         self.scaling, self.window, self.softcap, self.sinks = scaling, window, softcap, sinks
 
 
-def _gathered(x: Heads, slots: Tensor) -> Heads:
+def _gathered(
+    x: Float[Tensor, "1 heads slots width"], slots: Int[Tensor, "rows time"]
+) -> Float[Tensor, "rows heads time width"]:
     """Rows of slots out of the packed row, as a batch of their own."""
     rows = x[0].index_select(1, slots.flatten())
     return rows.view(x.shape[1], *slots.shape, x.shape[3]).transpose(0, 1)
 
 
-def _rows(query: Heads, key: Heads, value: Heads, mask: Tensor | None, special: _Special) -> Tensor:
+def _rows(
+    query: Queries, key: Keys, value: Values, mask: Tensor | None, special: _Special
+) -> Float[Tensor, "batch heads time value_width"]:
     """Causal attention within each row of a batch; keys may be older than the first query."""
     time, keys = query.shape[2], key.shape[2]
     if mask is not None:
@@ -119,8 +125,8 @@ def _rows(query: Heads, key: Heads, value: Heads, mask: Tensor | None, special: 
 
 
 def _written_out(
-    query: Heads, key: Heads, value: Heads, allowed: Tensor | None, special: _Special
-) -> Tensor:
+    query: Queries, key: Keys, value: Values, allowed: Tensor | None, special: _Special
+) -> Float[Tensor, "batch heads time value_width"]:
     """As the fused kernels, with soft-capped scores and sinks."""
     scale = query.shape[-1] ** -0.5 if special.scaling is None else special.scaling
     scores = scale * query @ key.transpose(-1, -2)

@@ -48,7 +48,7 @@ class Layout:
     predictors: Int[Tensor, " targets"]
     targets: Int[Tensor, " targets"]
     lengths: list[int]
-    tiles: list[Int[Tensor, "rows time"]]
+    tiles: list[Int[Tensor, "_ _"]]
     home: Int[Tensor, " slots"]
     calls: int = field(default=0)
 

@@ -164,9 +164,10 @@ def packs(policy: nn.Module) -> bool:
 
 
 def _ways(policy: nn.Module) -> _Ways:
+    if _hugging_face(policy).config._attn_implementation != NAME:
+        return _Ways(packed=False, plain_head=False)
     if policy not in _WAYS:
-        wanted = _hugging_face(policy).config._attn_implementation == NAME
-        _WAYS[policy] = _tried(policy) if wanted else _Ways(packed=False, plain_head=False)
+        _WAYS[policy] = _tried(policy)
     return _WAYS[policy]
 
 
@@ -194,8 +195,10 @@ def _tried(policy: nn.Module) -> _Ways:
             f"{difference:.2g} nats",
         )
     through_head = _packed_logps(policy, layout, torch.float32)
-    plain = (through_head - found.logps()).abs().max() <= SELF_CHECK_TOLERANCE
-    return _Ways(packed=True, plain_head=bool(plain))
+    plain = bool((through_head - found.logps()).abs().max() <= SELF_CHECK_TOLERANCE)
+    # Small logits pass under a soft cap unchanged, large ones do not.
+    capped = getattr(config, "final_logit_softcapping", None) is not None
+    return _Ways(packed=True, plain_head=plain and not capped)
 
 
 def _refused(policy: nn.Module, reason: str) -> _Ways:

@@ -130,12 +130,11 @@ def load_policy(name: str) -> PreTrainedModel:
 
 def with_engine(policy: PreTrainedModel) -> PreTrainedModel:
     """The policy attending as packed rows need it, if it can; as it did before, if not."""
-    try:
-        policy.set_attn_implementation(attention.NAME)
-    except ValueError:
-        return policy
+    config: Any = policy.config
+    before = config._attn_implementation
+    policy.set_attn_implementation(attention.NAME)
     if not packs(policy):
-        policy.set_attn_implementation("sdpa")
+        policy.set_attn_implementation(before)
     return policy
 
 
