@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +160,29 @@ def test_a_run_that_was_sent_sigkill_resumes_to_the_same_bits(tmp_path: Path) ->
     assert names(tmp_path / "checkpoints") == ["00000003", "00000006"]
     resumed = run("resume")
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_run_killed_at_twenty_random_moments_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    steps = 2000
+    straight, straight_log = trained(num_steps=steps)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 10)
+    draw = random.Random(0)
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            # Whatever happens here, this process must not go on with the tests.
+            try:
+                trained(checkpoints=checkpoints, num_steps=steps)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0.0, 0.08))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    reached = max(map(int, (path.name for path in checkpoints.directory.glob("0*"))))
+    assert 0 < reached < steps
+    resumed, log = trained(checkpoints=checkpoints, num_steps=steps)
+    assert same_bits(straight, resumed)
+    assert log == straight_log
 
 
 def test_a_checkpoint_that_was_cut_off_is_ignored(tmp_path: Path) -> None:
