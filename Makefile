@@ -7,7 +7,7 @@ RECIPE ?=
 export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro flow test check base lock clean
+.PHONY: repro flow test benchmark check base lock clean
 
 repro: $(VENV)/ready recipe-packages  ## the whole pipeline, what is out of date of it
 	@$(BIN)/prefopt repro $(if $(RECIPE),--recipe $(RECIPE))
@@ -17,6 +17,10 @@ flow: $(VENV)/ready  ## the same graph as a Prefect flow
 
 test: $(VENV)/oracle  ## the tests
 	@$(BIN)/python -m pytest
+
+benchmark: $(VENV)/oracle  ## time and memory of a step beside TRL's, and benchmarks/README.md
+	@$(BIN)/python -m benchmarks.steps
+	@$(BIN)/python -m benchmarks.report
 
 check: $(VENV)/oracle  ## lint, format, spelling and types
 	@$(BIN)/ruff check .

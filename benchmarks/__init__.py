@@ -1,0 +1,1 @@
+"""What a step costs beside TRL's; `python -m benchmarks.steps` measures it."""
