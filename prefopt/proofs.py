@@ -1,4 +1,4 @@
-"""Laws that every loss must keep, proven on this machine: `proofs()` yields one verdict a law.
+"""Laws that every loss must keep, proven on this machine: `proofs(loss)` yields one verdict a law.
 
 Each loss is taken with hyperparameters from its own signature, with every divergence and Psi that
 it admits, and held against its row of the table: its printed formula, that formula's gradient, its
@@ -15,7 +15,7 @@ from torch import Tensor
 from prefopt import batches, domains
 from prefopt.batches import Scored
 from prefopt.divergences import DIVERGENCES, Divergence, alpha, shifted_squared_log
-from prefopt.losses import LOSSES, Loss
+from prefopt.losses import Loss
 from prefopt.losses.formulas import gradients, hyperparameters_of, value
 from prefopt.psi import Psi, psi
 
@@ -366,8 +366,3 @@ LAWS: tuple[Callable[[Case], Verdict], ...] = (
     splitting_a_micro_batch_changes_nothing,
     a_constant_on_policy_and_reference_changes_nothing,
 )
-
-
-def all_proofs() -> Iterator[Proof]:
-    for loss in LOSSES.values():
-        yield from proofs(loss)

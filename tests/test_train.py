@@ -251,6 +251,23 @@ def test_weights_are_the_likelihood_of_a_pair_against_the_policys_own_draws(
         assert batch.weight[pair].item() == pytest.approx(min(product, 1.0), rel=1e-4)
 
 
+def test_a_pair_likelier_than_the_policys_own_draws_weighs_one(
+    real: tuple[Evidence, Models],
+) -> None:
+    _, models = real
+    prompt = [0, 5, 9]
+    with torch.no_grad():
+        p = models.policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    likeliest, second = p.topk(2).indices.tolist()
+    # Their product of p/sum p^2 exceeds 1, at which it is cut.
+    assert (p[likeliest] * p[second]).item() > (p**2).sum().item() ** 2
+    columns = {"prompt": [prompt, prompt], "completion": [[likeliest], [second]]}
+    write_table(COMPLETIONS, columns, COMPLETIONS_SCHEMA)
+    write_table(PAIRS, {"chosen": [0], "rejected": [1], "preference": [1.0]}, PAIRS_SCHEMA)
+    write_table(REFERENCE, {"logps": [[-1.0], [-1.0]]}, REFERENCE_SCHEMA)
+    assert Evidence().batch("WeightedPairs", [0], [0], models).weight.tolist() == [1.0]
+
+
 def test_sequential_kls_are_those_of_the_next_token_summed(real: tuple[Evidence, Models]) -> None:
     evidence, models = real
     moved(models.policy)
