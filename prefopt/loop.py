@@ -7,25 +7,19 @@ checkpoint is weights, optimiser moments, the step and the log: a killed run res
 bits.
 """
 
-import hashlib
-import json
 import math
-import os
-import shutil
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-Metrics = dict[str, int | float]  # int: the step
+from prefopt.checkpoints import Checkpoints, Metrics, restore, save
+
 Objective = Callable[[int], Iterable[tuple[Tensor, Metrics]]]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -63,17 +57,6 @@ class Terminated(SystemExit):
     """SIGTERM came; the state of the last whole step is saved."""
 
 
-@dataclass(frozen=True)
-class Checkpoints:
-    """Where a run keeps what it needs to resume, and how often it writes it.
-
-    The last two are kept; one that is not what was written is passed over, with a warning.
-    """
-
-    directory: Path
-    every: int
-
-
 def fit(
     policy: nn.Module,
     objective: Objective,
@@ -102,27 +85,27 @@ def fit(
     optimiser = _adamw(parameters, optimisation)
     history: list[Metrics] = []
     if checkpoints is not None:
-        history = _restore(checkpoints.directory, parameters, optimiser)
+        history = restore(checkpoints.directory, parameters, optimiser)
     for metrics in history:
         log(metrics)
 
-    def save() -> None:
+    def keep() -> None:
         if checkpoints is not None:
-            _save(checkpoints.directory, parameters, optimiser, history)
+            save(checkpoints.directory, parameters, optimiser, history)
 
     with _sigterm_noted(checkpoints is not None) as came:
         for step in range(len(history), num_steps):
             try:
                 metrics = _step(step, num_steps, parameters, objective, optimisation, optimiser)
             except Diverged:
-                save()
+                keep()
                 raise
             history.append(metrics)
             log(metrics)
             if checkpoints is not None and len(history) % checkpoints.every == 0:
-                save()
+                keep()
             if came.is_set():
-                save()
+                keep()
                 raise Terminated(128 + signal.SIGTERM)
 
 
@@ -195,75 +178,3 @@ def _adamw(parameters: dict[str, nn.Parameter], optimisation: Optimisation) -> t
     return torch.optim.AdamW(
         groups, lr=optimisation.learning_rate, betas=(0.9, optimisation.beta2), fused=True
     )
-
-
-def _save(
-    directory: Path,
-    parameters: dict[str, nn.Parameter],
-    optimiser: torch.optim.AdamW,
-    history: list[Metrics],
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        tensors[f"policy/{name}"] = parameter.detach().contiguous()
-        for key, value in optimiser.state[parameter].items():
-            tensors[f"{key}/{name}"] = value.contiguous()
-    directory.mkdir(parents=True, exist_ok=True)
-    partial, final = directory / "partial", directory / f"{len(history):08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(tensors, partial / "state.safetensors")
-    with open(partial / "history.jsonl", "w") as file:
-        file.writelines(json.dumps(metrics) + "\n" for metrics in history)
-    (partial / "digests.json").write_text(json.dumps(_digests(partial)))
-    for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for older in sorted(p for p in directory.iterdir() if p.name.isdigit())[:-2]:
-        shutil.rmtree(older)
-
-
-def _restore(
-    directory: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.AdamW
-) -> list[Metrics]:
-    saved = sorted(p for p in directory.glob("*") if p.name.isdigit())
-    while saved and not _is_whole(saved[-1]):
-        damaged = saved.pop()
-        warnings.warn(
-            f"{damaged}: a damaged checkpoint; going on from "
-            f"{saved[-1].name if saved else 'the start'}",
-            stacklevel=2,
-        )
-        shutil.rmtree(damaged)
-    if not saved:
-        return []
-    tensors = load_file(saved[-1] / "state.safetensors")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors.pop(f"policy/{name}"))
-    for key_and_name, value in tensors.items():
-        key, name = key_and_name.split("/", 1)
-        parameter = parameters[name]
-        # AdamW's step counter stays on the CPU unless it is capturable; fused keeps it beside.
-        optimiser.state[parameter][key] = value.to(parameter.device)
-    with open(saved[-1] / "history.jsonl") as file:
-        return [json.loads(line) for line in file]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether its bytes are those that were written."""
-    digests = checkpoint / "digests.json"
-    try:
-        return json.loads(digests.read_text()) == _digests(checkpoint)
-    except (OSError, ValueError):
-        return False
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in ("state.safetensors", "history.jsonl"):
-        with open(checkpoint / name, "rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

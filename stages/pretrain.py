@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefopt.checkpoints import Checkpoints, Metrics
 from prefopt.generation import sample
-from prefopt.loop import Checkpoints, Metrics, Optimisation, fit
+from prefopt.loop import Optimisation, fit
 from prefopt.packing import Row, steps_of_rows
 from prefopt.scoring import token_logps
 from stages.artefacts import program

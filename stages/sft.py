@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prefopt.loop import Metrics
+from prefopt.checkpoints import Metrics
 from prefopt.packing import Row, steps_of_rows
 from prefopt.scoring import batches, token_logps
 from stages import models

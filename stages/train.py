@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prefopt.loop import Diverged, Metrics
+from prefopt.checkpoints import Metrics
+from prefopt.loop import Diverged
 from prefopt.losses.formulas import implicit_rewards, value
 from prefopt.losses.likelihood import nll
 from prefopt.packing import steps_of_rows

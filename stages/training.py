@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from prefopt.loop import Checkpoints, Objective, Optimisation, fit
+from prefopt.checkpoints import Checkpoints
+from prefopt.loop import Objective, Optimisation, fit
 from stages import models
 from stages.artefacts import Workspace
 from stages.params import Optimiser

@@ -17,10 +17,9 @@ import torch
 from conftest import PROJECT
 from torch import Tensor, nn
 
+from prefopt.checkpoints import Checkpoints, Metrics
 from prefopt.loop import (
-    Checkpoints,
     Diverged,
-    Metrics,
     Objective,
     Optimisation,
     Terminated,

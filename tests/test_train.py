@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefopt.batches import Pairs, Scored
+from prefopt.checkpoints import Metrics
 from prefopt.divergences import DIVERGENCES
-from prefopt.loop import Metrics
 from prefopt.losses import LOSSES
 from prefopt.losses.formulas import value as formula
 from prefopt.packing import Row
