@@ -1,6 +1,7 @@
 """Which rows make an optimiser step, which of those a micro-batch, and how one lies in memory."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -130,17 +131,40 @@ def _tiled(rows: list[list[int]], num_slots: int) -> tuple[list[Tensor], Tensor]
     return tiles, home
 
 
-def steps_of_rows(num_rows: int, batch_size: int, num_epochs: int, seed: int) -> list[list[int]]:
+class Steps:
     """Row numbers of every optimiser step: each epoch a new permutation, no row left out.
 
-    The last step of an epoch may be smaller than `batch_size`.
+    The last step of an epoch may be smaller than `batch_size`. A step's numbers are made when they
+    are asked for; of the permutations only one epoch's is held.
     """
-    generator = torch.Generator().manual_seed(seed)
-    steps: list[list[int]] = []
-    for _ in range(num_epochs):
-        order = torch.randperm(num_rows, generator=generator).tolist()
-        steps += [order[i : i + batch_size] for i in range(0, num_rows, batch_size)]
-    return steps
+
+    def __init__(self, num_rows: int, batch_size: int, num_epochs: int, seed: int) -> None:
+        self._num_rows, self._batch_size, self._seed = num_rows, batch_size, seed
+        self._steps_an_epoch = math.ceil(num_rows / batch_size)
+        self._num_steps = num_epochs * self._steps_an_epoch
+        self._held: tuple[int, Int[Tensor, " rows"]] | None = None
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __getitem__(self, step: int) -> list[int]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}")
+        epoch, place = divmod(step, self._steps_an_epoch)
+        if self._held is None or self._held[0] != epoch:
+            self._held = epoch, self._permutation(epoch)
+        start = place * self._batch_size
+        return self._held[1][start : start + self._batch_size].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def _permutation(self, epoch: int) -> Int[Tensor, " rows"]:
+        """The generator's state is that after the permutations of the epochs before."""
+        generator = torch.Generator().manual_seed(self._seed)
+        for _ in range(epoch):
+            torch.randperm(self._num_rows, generator=generator, dtype=torch.int32)
+        return torch.randperm(self._num_rows, generator=generator, dtype=torch.int32)
 
 
 def micro_batches(

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prefopt.checkpoints import Checkpoints, Metrics
 from prefopt.generation import sample
 from prefopt.loop import Optimisation, fit
-from prefopt.packing import Row, steps_of_rows
+from prefopt.packing import Row, Steps
 from prefopt.scoring import token_logps
 from stages.artefacts import program
 from stages.models import DTYPES, bos, eos, save
@@ -135,7 +135,7 @@ def train(
 ) -> None:
     blocks = stream[: len(stream) // recipe.context * recipe.context].reshape(-1, recipe.context)
     num_epochs = math.ceil(recipe.num_steps * recipe.batch_size / len(blocks)) + 1
-    steps = steps_of_rows(len(blocks), recipe.batch_size, num_epochs, recipe.seed)
+    steps = Steps(len(blocks), recipe.batch_size, num_epochs, recipe.seed)
 
     def objective(step: int) -> Iterator[tuple[Tensor, Metrics]]:
         chosen = steps[step]

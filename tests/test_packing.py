@@ -1,9 +1,10 @@
 """Laws of the order of rows and of their cut into micro-batches."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.packing import micro_batches, steps_of_rows
+from prefopt.packing import Steps, micro_batches
 
 quick = settings(deadline=None, derandomize=True)
 
@@ -13,7 +14,7 @@ quick = settings(deadline=None, derandomize=True)
 def test_every_epoch_holds_every_row_once(
     num_rows: int, batch_size: int, num_epochs: int, seed: int
 ) -> None:
-    steps = steps_of_rows(num_rows, batch_size, num_epochs, seed)
+    steps = list(Steps(num_rows, batch_size, num_epochs, seed))
     rows = [row for step in steps for row in step]
     epochs = [rows[i : i + num_rows] for i in range(0, len(rows), num_rows)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * num_epochs
@@ -21,11 +22,22 @@ def test_every_epoch_holds_every_row_once(
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch_and_nothing_else() -> None:
-    steps = steps_of_rows(50, 50, 2, seed=1)
-    assert steps == steps_of_rows(50, 50, 2, seed=1)
+    steps = Steps(50, 50, 2, seed=1)
+    assert list(steps) == list(Steps(50, 50, 2, seed=1))
     assert steps[0] != steps[1]
-    assert steps[0] != steps_of_rows(50, 50, 2, seed=2)[0]
-    assert steps_of_rows(50, 50, 1, seed=1) == steps[:1]
+    assert steps[0] != Steps(50, 50, 2, seed=2)[0]
+    assert steps[0] == Steps(50, 50, 1, seed=1)[0]
+
+
+def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
+    in_order = list(Steps(20, 6, 3, seed=0))
+    steps = Steps(20, 6, 3, seed=0)
+    assert len(steps) == len(in_order) == 12
+    for step in [11, 0, 5, 4, 11, 3]:
+        assert steps[step] == in_order[step]
+    for beyond in (12, -1):
+        with pytest.raises(IndexError):
+            steps[beyond]
 
 
 @quick
