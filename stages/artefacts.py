@@ -2,6 +2,8 @@
 
 A row of `completions` is a completion's identity; pairs and reference point at row numbers.
 Tables are parquet with page checksums and non-null columns, compared with their schema on read.
+Those that grow with the data are written by row groups and read through a memory map, so that no
+stage's memory grows with them.
 """
 
 import ctypes
@@ -12,13 +14,16 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,10 +85,6 @@ CANDIDATES_SCHEMA = _schema(prompt=pa.int64(), text=pa.string(), tokens=_TOKENS)
 COMPLETIONS_SCHEMA = _schema(prompt=_TOKENS, completion=_TOKENS)
 PAIRS_SCHEMA = _schema(chosen=pa.int64(), rejected=pa.int64(), preference=pa.float32())
 REFERENCE_SCHEMA = _schema(logps=_NATS)
-# Of the store: a prompt with its completions, by the digest of their token ids.
-RECORDS_SCHEMA = _schema(
-    group=pa.string(), logps=pa.list_(pa.field("element", _NATS, nullable=False))
-)
 LOGRATIOS_SCHEMA = _schema(chosen=pa.float32(), rejected=pa.float32())
 SAMPLES_SCHEMA = _schema(
     prompt=pa.int64(),  # row of prompts
@@ -104,12 +105,50 @@ JUDGEMENTS_SCHEMA = _schema(
 )
 
 
-def write_table(path: Path, columns: dict[str, Any], schema: pa.Schema) -> None:
-    table = pa.table(columns, schema=schema)
-    table.validate(full=True)
-    for field in schema:
-        assert table[field.name].null_count == 0, f"{path}: null in {field.name}"
-    pq.write_table(table, path, write_page_checksum=True)
+Item = TypeVar("Item")
+
+ROW_GROUP = 8192  # rows: what is held of a table that is written
+
+
+class TableWriter(AbstractContextManager["TableWriter"]):
+    """Writes a table block by block; its bytes depend on the rows, not on the blocks."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._pending = schema.empty_table()
+        self._file = pq.ParquetWriter(path, schema, write_page_checksum=True)
+
+    def extend(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        block = pa.table(dict(columns), schema=self._pending.schema)
+        block.validate(full=True)
+        for name in block.column_names:
+            assert block[name].null_count == 0, f"{self._path}: null in {name}"
+        self._pending = pa.concat_tables([self._pending, block])
+        while len(self._pending) >= ROW_GROUP:
+            self._file.write_table(self._pending.slice(0, ROW_GROUP).combine_chunks())
+            self._pending = self._pending.slice(ROW_GROUP)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None and len(self._pending):
+            self._file.write_table(self._pending.combine_chunks())
+        self._file.close()
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> None:
+    with TableWriter(path, schema) as table:
+        table.extend(columns)
+
+
+def blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Cut into lists of `size` items; the last may have fewer."""
+    iterator = iter(items)
+    while block := list(islice(iterator, size)):
+        yield block
 
 
 def read_table(path: Path, schema: pa.Schema) -> dict[str, list[Any]]:
@@ -118,18 +157,87 @@ def read_table(path: Path, schema: pa.Schema) -> dict[str, list[Any]]:
     Raises:
         ValueError: if the file is missing, damaged or has another schema.
     """
+    with _opened(path, schema) as file:
+        return file.read().to_pydict()
+
+
+class Column:
+    """A mapped table's column: a sequence of Python values, each made when it is asked for."""
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.values[row].as_py()
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def map_table(path: Path, schema: pa.Schema) -> dict[str, Column]:
+    """Columns of a table of any length, in memory that does not grow with it.
+
+    The file is decoded once, as `spooled` does it, which verifies its checksums too.
+
+    Raises:
+        ValueError: if the file is missing, damaged or has another schema.
+    """
+    with _opened(path, schema) as file:
+        return spooled(file.iter_batches(ROW_GROUP), schema)
+
+
+def spooled(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> dict[str, Column]:
+    """Columns of a table that lies in a file on disk and is mapped into memory.
+
+    The file has no name: it takes up space as long as this process reads from it and no longer.
+    """
+    WORK.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=WORK) as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        file.flush()
+        table = pa.ipc.open_file(pa.memory_map(f"/dev/fd/{file.fileno()}")).read_all()
+    return {name: Column(table[name]) for name in schema.names}
+
+
+def rows_of_split(prompts: Mapping[str, Column], split: str) -> range:
+    """Rows of `prompts` that are of a split.
+
+    Raises:
+        ValueError: if they do not lie together.
+    """
+    start, found = 0, list[range]()
+    for name, members in groupby(prompts["split"]):
+        end = start + sum(1 for _ in members)
+        if name == split:
+            found.append(range(start, end))
+        start = end
+    if len(found) > 1:
+        raise ValueError(
+            f"{PROMPTS}: rows of one split do not lie together, got '{split}' in {len(found)} "
+            "places; run `dvc repro --force prepare`"
+        )
+    return found[0] if found else range(0)
+
+
+@contextmanager
+def _opened(path: Path, schema: pa.Schema) -> Generator[pq.ParquetFile, None, None]:
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(schema):
+                raise ValueError(
+                    f"{path}: other columns than expected, got {file.schema_arrow.names}; "
+                    "it was written by another version, run `dvc repro`"
+                )
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{path}: cannot be read, got {error}; run `dvc checkout {path}`, or `dvc repro`"
         ) from error
-    if not table.schema.equals(schema):
-        raise ValueError(
-            f"{path}: other columns than expected, got {table.schema.names}; "
-            "it was written by another version, run `dvc repro`"
-        )
-    return table.to_pydict()
 
 
 @dataclass(frozen=True)

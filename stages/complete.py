@@ -18,9 +18,10 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
     SFT,
+    map_table,
     model_of,
     program,
-    read_table,
+    rows_of_split,
     samples_of,
     stage,
     write_table,
@@ -42,8 +43,8 @@ def main() -> None:
         outputs=[samples_of(name)],
         params=relevant,
     ) as workspace:
-        prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
-        numbers = [n for n, split in enumerate(prompts["split"]) if split == evaluation.split]
+        prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
+        numbers = rows_of_split(prompts, evaluation.split)
         # The SFT policy draws from other random numbers than the runs, so that an unchanged
         # policy meets an independent sample and not its own words.
         stream = 1 if name == "sft" else 2

@@ -4,6 +4,7 @@ A pair's two sides are rows of `completions`. What a loss needs beyond their sum
 log-probabilities is computed here, from the policy and, where it must be alive, the reference.
 """
 
+import array
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ from stages.artefacts import (
     REFERENCE,
     REFERENCE_SCHEMA,
     SFT,
-    read_table,
+    map_table,
 )
+from stages.rows import Rows
 from stages.store import grouped
 
 Logps = list[Tensor]  # one tensor of token log-probabilities a row
@@ -60,10 +62,10 @@ class Evidence:
     """Completions with their reference, and the pairs that point at them."""
 
     def __init__(self) -> None:
-        completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
-        self.rows = list(map(Row, completions["prompt"], completions["completion"]))
-        self.pairs = read_table(PAIRS, PAIRS_SCHEMA)
-        self.reference = read_table(REFERENCE, REFERENCE_SCHEMA)["logps"]
+        completions = map_table(COMPLETIONS, COMPLETIONS_SCHEMA)
+        self.rows = Rows(completions["prompt"], completions["completion"])
+        self.pairs = map_table(PAIRS, PAIRS_SCHEMA)
+        self.reference = map_table(REFERENCE, REFERENCE_SCHEMA)["logps"]
         if len(self.reference) != len(self.rows):
             raise ValueError(
                 f"{REFERENCE}: not row for row with {COMPLETIONS}, got {len(self.reference)} rows "
@@ -97,19 +99,24 @@ class Evidence:
         Raises:
             ValueError: if a stored log-probability is missing, or off by more than rounding.
         """
-        for row, (stored, logps) in enumerate(zip(self.rows, self.reference, strict=True)):
-            if len(stored.completion) != len(logps):
-                raise ValueError(
-                    f"{REFERENCE}: row {row} has {len(logps)} log-probabilities, got a completion "
-                    f"of {len(stored.completion)} tokens; run `dvc repro --force reference`"
-                )
-        groups = grouped(self.rows)
-        drawn = random.Random(seed).sample(groups, min(num_prompts, len(groups)))
+        starts = array.array("q")
+        row = 0
+        for group in grouped(self.rows):
+            starts.append(row)
+            for stored in group.rows:
+                if len(stored.completion) != len(self.reference[row]):
+                    raise ValueError(
+                        f"{REFERENCE}: row {row} has {len(self.reference[row])} log-probabilities, "
+                        f"got a completion of {len(stored.completion)} tokens; "
+                        "run `dvc repro --force reference`"
+                    )
+                row += 1
+        drawn = random.Random(seed).sample(starts, min(num_prompts, len(starts)))
         worst = 0.0
-        for group in drawn:
-            rows = [self.rows[row] for row in group.rows]
+        for start in drawn:
+            rows = next(grouped(self.rows.following(start))).rows
             found = token_logps(models.policy, rows, compute_dtype=models.compute_dtype)
-            for row, logps in zip(group.rows, found, strict=True):
+            for row, logps in enumerate(found, start):
                 expected = torch.tensor(self.reference[row], device=logps.device)
                 worst = max(worst, (logps - expected).abs().max().item())
         if not worst <= AUDIT_TOLERANCE[models.compute_dtype]:

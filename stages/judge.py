@@ -10,6 +10,7 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
     judgements_of,
+    map_table,
     program,
     read_table,
     samples_of,
@@ -30,7 +31,7 @@ def main() -> None:
         outputs=[judgements_of(name)],
         params=evaluation.judges,
     ) as workspace:
-        prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
+        prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
         samples = read_table(samples_of(name), SAMPLES_SCHEMA)
         sft = read_table(samples_of("sft"), SAMPLES_SCHEMA)
         if sft["prompt"] != samples["prompt"]:

@@ -4,9 +4,11 @@ By the gold reward (the best against the worst of a prompt's candidates, or two 
 Bradley-Terry coin), or by the data's own pairs.
 """
 
+import itertools
 import math
 import random
-from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stages import judges
@@ -19,14 +21,37 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    Column,
+    TableWriter,
+    blocks,
+    map_table,
     program,
-    read_table,
     stage,
-    write_table,
 )
 from stages.params import Label, load_params
 
-Table = dict[str, list[Any]]
+Table = Mapping[str, Column] | Mapping[str, Sequence[Any]]
+
+BLOCK = 1024  # pairs that are held at a time
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Numbers of two candidates of one prompt; `preference` is P(chosen > rejected)."""
+
+    chosen: int
+    rejected: int
+    preference: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """A pair as it is written: two rows of `completions`, `chosen` the place of the chosen one."""
+
+    prompt: list[int]
+    completions: tuple[list[int], list[int]]
+    chosen: int
+    preference: float
 
 
 def main() -> None:
@@ -35,64 +60,68 @@ def main() -> None:
     with stage(
         "label", inputs=[PROMPTS, CANDIDATES], outputs=[COMPLETIONS, PAIRS], params=relevant
     ) as workspace:
-        prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
-        candidates = read_table(CANDIDATES, CANDIDATES_SCHEMA)
+        prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
+        candidates = map_table(CANDIDATES, CANDIDATES_SCHEMA)
         if params.label.method == "given":
-            completions, pairs = given(prompts)
+            found = given(prompts)
         else:
-            chosen_among = judged(prompts, candidates, params.label, params.compute.seed)
-            completions, pairs = compacted(prompts, candidates, chosen_among)
-        if not pairs["chosen"]:
+            pairs = judged(prompts, candidates, params.label, params.compute.seed)
+            found = written(prompts, candidates, pairs)
+        num_pairs = 0
+        with (
+            TableWriter(workspace.partial(COMPLETIONS), COMPLETIONS_SCHEMA) as completions_table,
+            TableWriter(workspace.partial(PAIRS), PAIRS_SCHEMA) as pairs_table,
+        ):
+            for block in blocks(found, BLOCK):
+                completions_table.extend(
+                    {
+                        "prompt": [pair.prompt for pair in block for _ in pair.completions],
+                        "completion": [tokens for pair in block for tokens in pair.completions],
+                    }
+                )
+                firsts = range(2 * num_pairs, 2 * (num_pairs + len(block)), 2)
+                placed = list(zip(firsts, block, strict=True))
+                pairs_table.extend(
+                    {
+                        "chosen": [first + pair.chosen for first, pair in placed],
+                        "rejected": [first + 1 - pair.chosen for first, pair in placed],
+                        "preference": [pair.preference for pair in block],
+                    }
+                )
+                num_pairs += len(block)
+        if not num_pairs:
             raise ValueError(
                 f"label: no pair was found, got {len(prompts['text'])} prompts and "
                 f"{len(candidates['text'])} candidates; method 'given' needs data with chosen and "
                 "rejected, the others need candidates whose rewards differ"
             )
-        write_table(workspace.partial(COMPLETIONS), completions, COMPLETIONS_SCHEMA)
-        write_table(workspace.partial(PAIRS), pairs, PAIRS_SCHEMA)
 
 
-def given(prompts: Table) -> tuple[Table, Table]:
+def given(prompts: Table) -> Iterator[Written]:
     """The training split's own pairs."""
-    rows = [
-        row
-        for row, (split, rejected) in enumerate(
-            zip(prompts["split"], prompts["rejected"], strict=True)
-        )
-        if split == "train" and rejected
-    ]
-    completions: Table = {"prompt": [], "completion": []}
-    for row in rows:
-        for column in ("gold_tokens", "rejected_tokens"):
-            completions["prompt"].append(prompts["tokens"][row])
-            completions["completion"].append(prompts[column][row])
-    pairs = {
-        "chosen": list(range(0, 2 * len(rows), 2)),
-        "rejected": list(range(1, 2 * len(rows), 2)),
-        "preference": [1.0] * len(rows),
-    }
-    return completions, pairs
+    for row, split in enumerate(prompts["split"]):
+        if split == "train" and prompts["rejected"][row]:
+            sides = prompts["gold_tokens"][row], prompts["rejected_tokens"][row]
+            yield Written(prompts["tokens"][row], sides, chosen=0, preference=1.0)
 
 
-def judged(prompts: Table, candidates: Table, label: Label, seed: int) -> Table:
-    """Pairs of candidate rows; a prompt whose compared candidates have one reward gives none."""
+def judged(prompts: Table, candidates: Table, label: Label, seed: int) -> Iterator[Pair]:
+    """Pairs of candidates; a prompt whose compared candidates have one reward gives none."""
     reward = judges.reward(label.reward)
-    rewards = [
-        reward(prompts["text"][row] + text)
-        for row, text in zip(candidates["prompt"], candidates["text"], strict=True)
-    ]
-    by_prompt: defaultdict[int, list[int]] = defaultdict(list)
-    for candidate, row in enumerate(candidates["prompt"]):
-        by_prompt[row].append(candidate)
     coin = random.Random(seed)
-    pairs: Table = {"chosen": [], "rejected": [], "preference": []}
-    for group in by_prompt.values():
+    # Candidates of one prompt lie together.
+    numbered = itertools.groupby(enumerate(candidates["prompt"]), key=lambda member: member[1])
+    for row, members in numbered:
+        prompt = prompts["text"][row]
+        rewards = {number: reward(prompt + candidates["text"][number]) for number, _ in members}
         if label.method == "best_against_worst":
-            chosen = max(group, key=lambda candidate: rewards[candidate])
-            rejected = min(group, key=lambda candidate: rewards[candidate])
+            chosen, rejected = (
+                max(rewards, key=rewards.__getitem__),
+                min(rewards, key=rewards.__getitem__),
+            )
             preference = 1.0
         else:
-            chosen, rejected = coin.sample(group, 2)
+            chosen, rejected = coin.sample(list(rewards), 2)
             # The sigmoid, as a hyperbolic tangent because that cannot overflow.
             ahead = (rewards[chosen] - rewards[rejected]) / label.scale
             preference = 0.5 * (1 + math.tanh(ahead / 2))
@@ -101,24 +130,16 @@ def judged(prompts: Table, candidates: Table, label: Label, seed: int) -> Table:
         if rewards[chosen] != rewards[rejected] and (
             candidates["tokens"][chosen] != candidates["tokens"][rejected]
         ):
-            pairs["chosen"].append(chosen)
-            pairs["rejected"].append(rejected)
-            pairs["preference"].append(preference)
-    return pairs
+            yield Pair(chosen, rejected, preference)
 
 
-def compacted(prompts: Table, candidates: Table, pairs: Table) -> tuple[Table, Table]:
-    """The candidates that pairs use as `completions`, and the pairs pointing there."""
-    used = sorted({*pairs["chosen"], *pairs["rejected"]})
-    row_of = {candidate: row for row, candidate in enumerate(used)}
-    completions = {
-        "prompt": [prompts["tokens"][candidates["prompt"][candidate]] for candidate in used],
-        "completion": [candidates["tokens"][candidate] for candidate in used],
-    }
-    sides = {
-        side: [row_of[candidate] for candidate in pairs[side]] for side in ("chosen", "rejected")
-    }
-    return completions, pairs | sides
+def written(prompts: Table, candidates: Table, pairs: Iterable[Pair]) -> Iterator[Written]:
+    """Pairs with their tokens, those of the earlier candidate first."""
+    for pair in pairs:
+        numbers = sorted((pair.chosen, pair.rejected))
+        first, second = (candidates["tokens"][number] for number in numbers)
+        prompt = prompts["tokens"][candidates["prompt"][pair.chosen]]
+        yield Written(prompt, (first, second), numbers.index(pair.chosen), pair.preference)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,37 @@ A data set is the built-in `reviews` or a path to JSON lines, each
 `{"prompt": ..., "completion": ...}` or `{"prompt": ..., "chosen": ..., "rejected": ...}`.
 """
 
+import array
 import gzip
+import hashlib
 import importlib.util
+import itertools
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from stages import models
-from stages.artefacts import CHECKED, PROMPTS, PROMPTS_SCHEMA, program, stage, write_table
-from stages.params import Data, load_params
+from stages.artefacts import (
+    CHECKED,
+    PROMPTS,
+    PROMPTS_SCHEMA,
+    Column,
+    TableWriter,
+    blocks,
+    program,
+    spooled,
+    stage,
+)
+from stages.params import Data, Params, load_params
+
+BLOCK = 1024  # rows that are held at a time
 
 
 @dataclass(frozen=True)
@@ -27,44 +47,60 @@ class Text:
     rejected: str = ""
 
 
+TEXTS = pa.schema([(field.name, pa.string()) for field in fields(Text)])
+
+
 def main() -> None:
     params = load_params()
     data = params.data
     inputs = [CHECKED] if data.source == "reviews" else [CHECKED, Path(data.source)]
     relevant = {"base": params.base, "data": data.model_dump(), "seed": params.compute.seed}
     with stage("prepare", inputs=inputs, outputs=[PROMPTS], params=relevant) as workspace:
-        texts = list(
-            read_reviews(data.prompt_words) if data.source == "reviews" else read_jsonl(data)
+        texts = spooled_texts(
+            first_of_each_prompt(
+                read_reviews(data.prompt_words) if data.source == "reviews" else read_jsonl(data)
+            )
         )
-        texts = first_of_each_prompt(texts)
-        random.Random(params.compute.seed).shuffle(texts)
-        split = splits(len(texts), data)
-        texts = texts[-len(split) :]
-        tokenizer = models.load_tokenizer(params.base)
-        context = models.load_config(params.base).max_position_embeddings
-        bos, eos = models.bos(tokenizer), models.eos(tokenizer)
+        order = array.array("q", range(len(texts["prompt"])))
+        random.Random(params.compute.seed).shuffle(order)
+        sizes = split_sizes(len(order), data)
+        splits = (split for split, size in sizes.items() for _ in range(size))
+        columns_of = tokenised(params)
+        with TableWriter(workspace.partial(PROMPTS), PROMPTS_SCHEMA) as table:
+            for block in blocks(order[-sum(sizes.values()) :], BLOCK):
+                rows = [Text(*(texts[name][row] for name in TEXTS.names)) for row in block]
+                split = list(itertools.islice(splits, len(rows)))
+                table.extend({"split": split, **columns_of(rows)})
 
-        def ids(column: list[str]) -> list[list[int]]:
-            # Control tokens written out in a text stay text.
-            return tokenizer(column, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
 
-        def completion_ids(column: list[str]) -> list[list[int]]:
-            rows = [[*row, eos] for row in ids(column)]
-            return [row[: data.max_completion_tokens] for row in rows]
+def tokenised(params: Params) -> Callable[[list[Text]], dict[str, list[Any]]]:
+    """What makes the columns of `prompts` from texts.
 
+    It raises a ValueError if a prompt leaves no room for its completion.
+    """
+    limit = params.data.max_completion_tokens
+    tokenizer = models.load_tokenizer(params.base)
+    context = models.load_config(params.base).max_position_embeddings
+    bos, eos = models.bos(tokenizer), models.eos(tokenizer)
+
+    def ids(column: list[str]) -> list[list[int]]:
+        # Control tokens written out in a text stay text.
+        return tokenizer(column, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def completion_ids(column: list[str]) -> list[list[int]]:
+        return [[*row, eos][:limit] for row in ids(column)]
+
+    def columns(texts: list[Text]) -> dict[str, list[Any]]:
         prompts = [[bos, *row] for row in ids([text.prompt for text in texts])]
         for text, prompt in zip(texts, prompts, strict=True):
-            if len(prompt) + data.max_completion_tokens > context:
+            if len(prompt) + limit > context:
                 raise ValueError(
                     f"{text.where}: prompt and completion exceed the model's context of {context} "
-                    f"tokens, got {len(prompt)} + {data.max_completion_tokens}; shorten the prompt "
+                    f"tokens, got {len(prompt)} + {limit}; shorten the prompt "
                     "or data.max_completion_tokens"
                 )
         rejected = [text.rejected for text in texts]
-        columns = {
-            "split": split,
+        return {
             "text": [text.prompt for text in texts],
             "tokens": prompts,
             "gold": [text.completion for text in texts],
@@ -75,7 +111,8 @@ def main() -> None:
                 for row, text in zip(completion_ids(rejected), rejected, strict=True)
             ],
         }
-        write_table(workspace.partial(PROMPTS), columns, PROMPTS_SCHEMA)
+
+    return columns
 
 
 def read_reviews(prompt_words: int) -> Iterator[Text]:
@@ -141,16 +178,28 @@ def parse(line: str, where: str) -> Text:
     return Text(where, row["prompt"], row["chosen"], row["rejected"])
 
 
-def first_of_each_prompt(texts: list[Text]) -> list[Text]:
+def first_of_each_prompt(texts: Iterable[Text]) -> Iterator[Text]:
     """Keep one row a prompt, compared without case, so that no split shares one with another."""
-    seen: dict[str, Text] = {}
-    for text in texts:
-        seen.setdefault(text.prompt.casefold(), text)
-    return list(seen.values())
+    # A database without a name is a file that goes with its connection.
+    with closing(sqlite3.connect("")) as seen:
+        seen.execute("CREATE TABLE prompts (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        for text in texts:
+            digest = hashlib.blake2b(text.prompt.casefold().encode(), digest_size=16).digest()
+            if seen.execute("INSERT OR IGNORE INTO prompts VALUES (?)", (digest,)).rowcount:
+                yield text
 
 
-def splits(num_rows: int, data: Data) -> list[str]:
-    """The split of each row: training, validation, test; with `num_train`, of the last ones."""
+def spooled_texts(texts: Iterable[Text]) -> dict[str, Column]:
+    """The columns of texts, on disk."""
+    batches = (
+        pa.RecordBatch.from_pylist([asdict(text) for text in block], TEXTS)
+        for block in blocks(texts, BLOCK)
+    )
+    return spooled(batches, TEXTS)
+
+
+def split_sizes(num_rows: int, data: Data) -> dict[str, int]:
+    """How many of the last rows are of each split, in their order."""
     num_train = num_rows - data.num_validation - data.num_test
     if num_train < (data.num_train or 1):
         raise ValueError(
@@ -158,8 +207,11 @@ def splits(num_rows: int, data: Data) -> list[str]:
             f"{data.num_train or 'at least 1'} training, {data.num_validation} validation and "
             f"{data.num_test} test; lower those"
         )
-    num_train = data.num_train or num_train
-    return ["train"] * num_train + ["validation"] * data.num_validation + ["test"] * data.num_test
+    return {
+        "train": data.num_train or num_train,
+        "validation": data.num_validation,
+        "test": data.num_test,
+    }
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ Once for all runs, because the reference is frozen, and once for all time: what 
 the same weights is not scored again.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from itertools import chain
+
 import torch
 from tqdm import tqdm
 
@@ -16,15 +20,17 @@ from stages.artefacts import (
     REFERENCE,
     REFERENCE_SCHEMA,
     SFT,
+    TableWriter,
+    blocks,
+    map_table,
     program,
-    read_table,
     stage,
-    write_table,
 )
 from stages.params import Compute, load_params
+from stages.rows import Rows
 from stages.store import Group, Logps, Store, grouped, key_of
 
-SHARD = 256  # prompts; a killed pass loses at most so many
+BLOCK = 256  # prompts; a killed pass loses at most so many
 
 
 def main() -> None:
@@ -37,36 +43,34 @@ def main() -> None:
         outputs=[REFERENCE],
         params={"compute": compute.model_dump()},
     ) as workspace:
-        completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
-        rows = list(map(Row, completions["prompt"], completions["completion"]))
-        records = score_what_is_missing(rows, grouped(rows), Store(key_of(SFT, compute)), compute)
-        logps: list[list[float]] = [[] for _ in rows]
-        for group in grouped(rows):
-            for row, found in zip(group.rows, records[group.digest], strict=True):
-                logps[row] = found
-        write_table(workspace.partial(REFERENCE), {"logps": logps}, REFERENCE_SCHEMA)
+        completions = map_table(COMPLETIONS, COMPLETIONS_SCHEMA)
+        rows = Rows(completions["prompt"], completions["completion"])
+        load = functools.cache(lambda: models.load_policy(str(SFT)))
+        with (
+            Store(key_of(SFT, compute)) as store,
+            TableWriter(workspace.partial(REFERENCE), REFERENCE_SCHEMA) as table,
+            tqdm(total=len(rows), desc="reference", unit="completion", mininterval=5) as bar,
+        ):
+            for block in blocks(grouped(rows), BLOCK):
+                # Groups come in the order of their rows, and so do their log-probabilities.
+                logps = list(chain.from_iterable(records_of(block, store, load, compute)))
+                table.extend({"logps": logps})
+                bar.update(len(logps))
 
 
-def score_what_is_missing(
-    rows: list[Row], groups: list[Group], store: Store, compute: Compute
-) -> dict[str, Logps]:
-    """Records of all groups; those that the store lacked are now in it."""
-    records = store.known()
-    missing = [group for group in groups if group.digest not in records]
-    with tqdm(total=len(groups), desc="reference", unit="prompt", mininterval=5) as bar:
-        bar.update(len(groups) - len(missing))
-        policy = models.load_policy(str(SFT)) if missing else None
-        for start in range(0, len(missing), SHARD):
-            shard: dict[str, Logps] = {}
-            for group in missing[start : start + SHARD]:
-                assert policy is not None
-                shard[group.digest] = score_group(
-                    [rows[row] for row in group.rows], policy, compute
-                )
-                bar.update()
-            store.add(shard)
-            records |= shard
-    return records
+def records_of(
+    groups: Sequence[Group],
+    store: Store,
+    load: Callable[[], models.PreTrainedModel],
+    compute: Compute,
+) -> list[Logps]:
+    """Records of groups; those that the store lacked are now in it."""
+    found = [store.find(group) for group in groups]
+    missing = [group for group, logps in zip(groups, found, strict=True) if logps is None]
+    scored = [score_group(group.rows, load(), compute) for group in missing]
+    store.add(missing, scored)
+    fresh = iter(scored)
+    return [next(fresh) if logps is None else logps for logps in found]
 
 
 @torch.no_grad()

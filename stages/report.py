@@ -28,9 +28,9 @@ from stages.artefacts import (
     curve_of,
     digest,
     judgements_of,
+    map_table,
     metrics_of,
     program,
-    read_table,
     samples_of,
     stage,
 )
@@ -304,7 +304,7 @@ def shown_samples(
     params: Params, results: Sequence[Result], reference: Reference
 ) -> list[dict[str, Any]]:
     """The first evaluation prompts with everybody's completions; the best run comes first."""
-    prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
+    prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
     best = best_run(params, results)
     ordered = [best, *(result for result in results if result is not best)]
     return [

@@ -10,8 +10,9 @@ from stages.artefacts import (
     PROMPTS,
     PROMPTS_SCHEMA,
     SFT,
+    map_table,
     program,
-    read_table,
+    rows_of_split,
     stage,
     write_table,
 )
@@ -24,8 +25,8 @@ def main() -> None:
     models.set_up(seed=compute.seed, num_threads=compute.num_threads)
     relevant = {"compute": compute.model_dump(), "sample": settings.model_dump()}
     with stage("sample", inputs=[PROMPTS, SFT], outputs=[CANDIDATES], params=relevant) as workspace:
-        prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
-        train = [row for row, split in enumerate(prompts["split"]) if split == "train"]
+        prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
+        train = rows_of_split(prompts, "train")
         if settings.num_prompts > len(train):
             raise ValueError(
                 "sample.num_prompts: more than the training split has, got "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefopt.checkpoints import Metrics
-from prefopt.packing import Row, steps_of_rows
+from prefopt.packing import Steps
 from prefopt.scoring import batches, token_logps
 from stages import models
 from stages.artefacts import (
@@ -18,11 +18,13 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     SFT,
     SFT_CURVE,
+    map_table,
     program,
-    read_table,
+    rows_of_split,
     stage,
 )
 from stages.params import load_params
+from stages.rows import Rows
 from stages.training import train
 
 
@@ -34,23 +36,19 @@ def main() -> None:
     with stage(
         "sft", inputs=[CHECKED, PROMPTS], outputs=[SFT, SFT_CURVE], params=relevant
     ) as workspace:
-        prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
-        rows = [
-            Row(prompt, completion)
-            for split, prompt, completion in zip(
-                prompts["split"], prompts["tokens"], prompts["gold_tokens"], strict=True
-            )
-            if split == "train"
-        ]
+        prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
+        rows = Rows(prompts["tokens"], prompts["gold_tokens"])
+        numbers = rows_of_split(prompts, "train")
         policy = models.load_policy(params.base)
         models.train_only_top(policy, sft.top_layers)
-        steps = steps_of_rows(len(rows), sft.batch_size, sft.num_epochs, compute.seed)
+        steps = Steps(len(numbers), sft.batch_size, sft.num_epochs, compute.seed)
 
         def objective(step: int) -> Iterator[tuple[Tensor, Metrics]]:
-            num_tokens = sum(len(rows[i].completion) for i in steps[step])
-            for batch in batches(policy, steps[step], lambda i: [rows[i]], compute.token_budget):
+            chosen = {i: rows[numbers[i]] for i in steps[step]}
+            num_tokens = sum(len(row.completion) for row in chosen.values())
+            for batch in batches(policy, [*chosen], lambda i: [chosen[i]], compute.token_budget):
                 logps = token_logps(
-                    policy, [rows[i] for i in batch], compute_dtype=models.DTYPES[compute.dtype]
+                    policy, [chosen[i] for i in batch], compute_dtype=models.DTYPES[compute.dtype]
                 )
                 yield -torch.cat(logps).sum() / num_tokens, {}
 

@@ -1,8 +1,7 @@
 """Train one run on its pairs: `python -m stages.train RUN`."""
 
 import argparse
-import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +13,7 @@ from prefopt.checkpoints import Metrics
 from prefopt.loop import Diverged
 from prefopt.losses.formulas import implicit_rewards, value
 from prefopt.losses.likelihood import nll
-from prefopt.packing import steps_of_rows
+from prefopt.packing import Steps
 from prefopt.scoring import batches, score
 from stages import models
 from stages.artefacts import (
@@ -24,13 +23,14 @@ from stages.artefacts import (
     PROMPTS,
     REFERENCE,
     SFT,
+    TableWriter,
+    blocks,
     curve_of,
     digest,
     logratios_of,
     model_of,
     program,
     stage,
-    write_table,
 )
 from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, pairs_within
 from stages.params import Compute, load_params
@@ -38,6 +38,7 @@ from stages.runs import Run, bind
 from stages.tracking import track
 from stages.training import train
 
+BLOCK = 1024  # pairs whose log-ratios are held at a time
 NUM_AUDITED = 8  # prompts of the reference that are scored again before the first step
 
 # Policy and reference are scored in different micro-batches, whose sums round differently.
@@ -81,13 +82,13 @@ def main() -> None:
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
         deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
         journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
-        steps = steps_of_rows(
+        steps = Steps(
             len(evidence.pairs["chosen"]),
             run.optimiser.batch_size,
             run.optimiser.num_epochs,
             compute.seed,
         )
-        tokens_before = [0, *itertools.accumulate(map(evidence.num_tokens, steps))]
+        tokens_before = TokensBefore(evidence, steps)
         with naming_the_pairs_of(steps):
             train(
                 policy,
@@ -98,7 +99,7 @@ def main() -> None:
                     compute.token_budget,
                     steps[step],
                     step,
-                    tokens_before[step],
+                    tokens_before(step),
                 ),
                 len(steps),
                 run.optimiser,
@@ -109,14 +110,35 @@ def main() -> None:
                 checkpoint_every=compute.checkpoint_every,
                 journal=journal,
             )
-        logratios = logratios_after(policy, evidence, compute)
-        write_table(workspace.partial(logratios_of(name)), logratios, LOGRATIOS_SCHEMA)
+        num_pairs = len(evidence.pairs["chosen"])
+        with (
+            TableWriter(workspace.partial(logratios_of(name)), LOGRATIOS_SCHEMA) as table,
+            tqdm(total=num_pairs, desc="log-ratios", unit="pair", mininterval=5) as bar,
+        ):
+            for block in blocks(range(num_pairs), BLOCK):
+                table.extend(logratios_after(policy, evidence, block, compute))
+                bar.update(len(block))
         # By this a later evaluation finds the record of this training.
         journal.write({"logratios": digest(workspace.partial(logratios_of(name)))})
 
 
+class TokensBefore:
+    """Tokens of all steps before one. Steps are asked for in their order, so each counts once."""
+
+    def __init__(self, evidence: Evidence, steps: Steps) -> None:
+        self._counts = map(evidence.num_tokens, steps)
+        self._step = self._tokens = 0
+
+    def __call__(self, step: int) -> int:
+        while self._step < step:
+            self._tokens += next(self._counts)
+            self._step += 1
+        assert self._step == step
+        return self._tokens
+
+
 @contextmanager
-def naming_the_pairs_of(steps: list[list[int]]) -> Generator[None, None, None]:
+def naming_the_pairs_of(steps: Steps) -> Generator[None, None, None]:
     """Tell of a step that diverged which pairs it was of."""
     try:
         yield
@@ -206,24 +228,23 @@ def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 
 def logratios_after(
-    policy: models.PreTrainedModel, evidence: Evidence, compute: Compute
+    policy: models.PreTrainedModel, evidence: Evidence, pairs: Sequence[int], compute: Compute
 ) -> dict[str, list[float]]:
-    """Log-ratios of both sides of every pair under the trained policy, in nats."""
-    used = sorted({*evidence.pairs["chosen"], *evidence.pairs["rejected"]})
-    with tqdm(total=len(used), desc="log-ratios", unit="completion", mininterval=5) as bar:
-        logps = score(
-            policy,
-            [evidence.rows[row] for row in used],
-            token_budget=compute.token_budget,
-            compute_dtype=models.DTYPES[compute.dtype],
-            progress=bar.update,
-        )
+    """Log-ratios of both sides of pairs under the trained policy, in nats."""
+    rows = evidence.sides(pairs)
+    used = sorted(set(rows))
+    logps = score(
+        policy,
+        [evidence.rows[row] for row in used],
+        token_budget=compute.token_budget,
+        compute_dtype=models.DTYPES[compute.dtype],
+        progress=lambda _: None,
+    )
     logratio = {
         row: sum(logp) - sum(evidence.reference[row]) for row, logp in zip(used, logps, strict=True)
     }
-    return {
-        side: [logratio[row] for row in evidence.pairs[side]] for side in ("chosen", "rejected")
-    }
+    values = [logratio[row] for row in rows]
+    return {"chosen": values[: len(pairs)], "rejected": values[len(pairs) :]}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +16,20 @@ from conftest import PROJECT
 from stages.artefacts import (
     CANDIDATES_SCHEMA,
     PAIRS_SCHEMA,
+    ROW_GROUP,
+    WORK,
+    Column,
+    TableWriter,
+    blocks,
     digest,
+    map_table,
     read_table,
+    rows_of_split,
     stage,
     write_table,
 )
+
+Read = Callable[[Path, pa.Schema], Any]
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -197,8 +208,70 @@ def test_a_table_is_read_as_it_was_written() -> None:
     assert read_table(Path("t.parquet"), CANDIDATES_SCHEMA) == columns
 
 
+def test_a_mapped_table_is_read_as_it_was_written() -> None:
+    columns = {"prompt": [0, 0, 7], "text": ["é", "", "x"], "tokens": [[1, 2], [], [3]]}
+    write_table(Path("t.parquet"), columns, CANDIDATES_SCHEMA)
+    mapped = map_table(Path("t.parquet"), CANDIDATES_SCHEMA)
+    assert {name: list(column) for name, column in mapped.items()} == columns
+    assert [mapped["tokens"][row] for row in (2, 0)] == [[3], [1, 2]]
+    assert len(mapped["text"]) == 3
+    with pytest.raises(IndexError):
+        mapped["text"][3]
+
+
+def test_a_mapped_table_outlives_its_file_and_leaves_nothing_behind() -> None:
+    write_table(Path("pairs.parquet"), PAIRS, PAIRS_SCHEMA)
+    mapped = map_table(Path("pairs.parquet"), PAIRS_SCHEMA)
+    Path("pairs.parquet").unlink()
+    assert list(mapped["rejected"]) == PAIRS["rejected"]
+    assert list(WORK.iterdir()) == []
+
+
+def test_the_bytes_of_a_table_do_not_depend_on_the_blocks_that_it_was_written_in() -> None:
+    rows = 2 * ROW_GROUP + 5
+    columns = {"prompt": [*range(rows)], "text": ["x"] * rows, "tokens": [[i] for i in range(rows)]}
+    write_table(Path("whole.parquet"), columns, CANDIDATES_SCHEMA)
+    with TableWriter(Path("blocks.parquet"), CANDIDATES_SCHEMA) as table:
+        for block in blocks(range(rows), 1000):
+            table.extend(
+                {name: column[block[0] : block[-1] + 1] for name, column in columns.items()}
+            )
+    assert digest(Path("blocks.parquet")) == digest(Path("whole.parquet"))
+    metadata = pq.read_metadata("blocks.parquet")
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert groups == [ROW_GROUP, ROW_GROUP, 5]
+    assert read_table(Path("blocks.parquet"), CANDIDATES_SCHEMA) == columns
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        (["train", "train", "validation", "test"], range(2)),
+        (["test", "train"], range(1, 2)),
+        (["test"], range(0)),
+    ],
+)
+def test_the_rows_of_a_split_are_those_that_say_so(splits: list[str], expected: range) -> None:
+    assert rows_of_split(prompts_of(splits), "train") == expected
+
+
+def test_a_split_in_several_places_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"rows of one split do not lie together, got 'train' in 2 places"
+    ):
+        rows_of_split(prompts_of(["train", "test", "train"]), "train")
+
+
+def prompts_of(splits: list[str]) -> dict[str, Column]:
+    return {"split": Column(pa.chunked_array([splits]))}
+
+
+both_ways = pytest.mark.parametrize("read", [read_table, map_table])
+
+
+@both_ways
 @pytest.mark.parametrize("column", [0, 1, 2])
-def test_a_flipped_bit_is_refused_on_reading(column: int) -> None:
+def test_a_flipped_bit_is_refused_on_reading(column: int, read: Read) -> None:
     path = Path("pairs.parquet")
     write_table(path, PAIRS, PAIRS_SCHEMA)
     chunk = pq.read_metadata(path).row_group(0).column(column)
@@ -208,28 +281,30 @@ def test_a_flipped_bit_is_refused_on_reading(column: int) -> None:
     damaged[end - 1] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"pairs.parquet: cannot be read.*dvc checkout"):
-        read_table(path, PAIRS_SCHEMA)
+        read(path, PAIRS_SCHEMA)
 
 
-def test_a_truncated_or_missing_table_is_refused() -> None:
+@both_ways
+def test_a_truncated_or_missing_table_is_refused(read: Read) -> None:
     path = Path("pairs.parquet")
     with pytest.raises(ValueError, match=r"pairs.parquet: cannot be read"):
-        read_table(path, PAIRS_SCHEMA)
+        read(path, PAIRS_SCHEMA)
     write_table(path, PAIRS, PAIRS_SCHEMA)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"pairs.parquet: cannot be read"):
-        read_table(path, PAIRS_SCHEMA)
+        read(path, PAIRS_SCHEMA)
 
 
-def test_a_table_of_another_schema_is_refused() -> None:
+@both_ways
+def test_a_table_of_another_schema_is_refused(read: Read) -> None:
     path = Path("pairs.parquet")
     write_table(path, PAIRS, PAIRS_SCHEMA)
     with pytest.raises(ValueError, match=r"other columns than expected, got .*run `dvc repro`"):
-        read_table(path, CANDIDATES_SCHEMA)
+        read(path, CANDIDATES_SCHEMA)
     nullable = pa.schema([field.with_nullable(True) for field in PAIRS_SCHEMA])
     pq.write_table(pa.table(PAIRS, schema=nullable), path)
     with pytest.raises(ValueError, match="other columns than expected"):
-        read_table(path, PAIRS_SCHEMA)
+        read(path, PAIRS_SCHEMA)
 
 
 def test_a_null_is_refused_on_writing() -> None:

@@ -53,26 +53,27 @@ def prompts_of(count: int, **columns: list[Any]) -> dict[str, list[Any]]:
     } | columns
 
 
-def judged(groups: list[list[str]], method: str, scale: float = 1.0, seed: int = 0) -> Any:
+def judged(
+    groups: list[list[str]], method: str, scale: float = 1.0, seed: int = 0
+) -> list[label.Pair]:
     settings = Label(method=method, reward="vader", scale=scale)
-    return label.judged(prompts_of(len(groups)), candidates_of(groups), settings, seed)
+    return list(label.judged(prompts_of(len(groups)), candidates_of(groups), settings, seed))
 
 
 def test_the_best_goes_against_the_worst_of_its_own_prompt() -> None:
     groups = [list(group) for group in itertools.permutations(TEXTS, 3)]
     pairs, reward = judged(groups, "best_against_worst"), judges.reward("vader")
-    assert len(pairs["chosen"]) == len(groups)
-    for number, group in enumerate(groups):
+    for number, (group, pair) in enumerate(zip(groups, pairs, strict=True)):
         rewards = [reward("A review." + text) for text in group]
-        assert pairs["chosen"][number] == 3 * number + rewards.index(max(rewards))
-        assert pairs["rejected"][number] == 3 * number + rewards.index(min(rewards))
-    assert set(pairs["preference"]) == {1.0}
+        assert pair.chosen == 3 * number + rewards.index(max(rewards))
+        assert pair.rejected == 3 * number + rewards.index(min(rewards))
+        assert pair.preference == 1.0
 
 
 @pytest.mark.parametrize("method", ["best_against_worst", "bradley_terry"])
 def test_ties_give_no_pair(method: str) -> None:
     pairs = judged([[" same", " same"], [" a film", " a movie"], TEXTS[:2]], method)
-    assert {*pairs["chosen"], *pairs["rejected"]} == {4, 5}
+    assert [{pair.chosen, pair.rejected} for pair in pairs] == [{4, 5}]
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0])
@@ -82,17 +83,16 @@ def test_bradley_terry_prefers_as_often_as_the_sigmoid_says(scale: float) -> Non
     reward = judges.reward("vader")
     gap = reward("A review." + TEXTS[1]) - reward("A review." + TEXTS[3])
     expected = 1 / (1 + math.exp(-gap / scale))
-    good_won = [chosen % 2 == 0 for chosen in pairs["chosen"]]
+    good_won = [pair.chosen % 2 == 0 for pair in pairs]
     share = sum(good_won) / count
     assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / count))
-    for won, preference in zip(good_won, pairs["preference"], strict=True):
-        assert preference == pytest.approx(expected if won else 1 - expected, rel=1e-9)
+    for won, pair in zip(good_won, pairs, strict=True):
+        assert pair.preference == pytest.approx(expected if won else 1 - expected, rel=1e-9)
 
 
 def test_a_tiny_scale_always_prefers_the_better() -> None:
     pairs = judged([[TEXTS[0], TEXTS[4]]] * 50, "bradley_terry", scale=1e-6)
-    assert all(chosen % 2 == 0 for chosen in pairs["chosen"])
-    assert set(pairs["preference"]) == {1.0}
+    assert {(pair.chosen % 2, pair.preference) for pair in pairs} == {(0, 1.0)}
 
 
 def test_bradley_terry_is_a_function_of_the_seed() -> None:
@@ -109,13 +109,20 @@ def test_given_pairs_are_those_of_the_training_split() -> None:
         rejected=["no", "no", "", "no"],
         rejected_tokens=[[20], [21], [], [23]],
     )
-    completions, pairs = label.given(prompts)
-    sides = [
-        (completions["prompt"][w], completions["completion"][w], completions["completion"][r])
-        for w, r in zip(pairs["chosen"], pairs["rejected"], strict=True)
+    assert list(label.given(prompts)) == [
+        label.Written([0, 0], ([10], [20]), chosen=0, preference=1.0),
+        label.Written([0, 3], ([13], [23]), chosen=0, preference=1.0),
     ]
-    assert sides == [([0, 0], [10], [20]), ([0, 3], [13], [23])]
-    assert pairs["preference"] == [1.0, 1.0]
+
+
+def test_the_earlier_candidate_is_written_first() -> None:
+    candidates = candidates_of([TEXTS[:2], TEXTS[:2]])
+    pairs = [label.Pair(0, 1, 0.75), label.Pair(3, 2, 1.0)]
+    first, second = (list(TEXTS[i].encode()) for i in (0, 1))
+    assert list(label.written(prompts_of(2), candidates, pairs)) == [
+        label.Written([0, 0], (first, second), chosen=0, preference=0.75),
+        label.Written([0, 1], (first, second), chosen=1, preference=1.0),
+    ]
 
 
 def write_inputs(groups: list[list[str]]) -> None:
@@ -125,10 +132,12 @@ def write_inputs(groups: list[list[str]]) -> None:
 
 
 def test_pairs_point_at_rows_of_completions(
-    workplace: Path, write_params: Callable[..., Any]
+    workplace: Path, write_params: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_params()
-    write_inputs([TEXTS[:3], TEXTS[2:]])
+    monkeypatch.setattr(label, "BLOCK", 2)
+    groups = [TEXTS[:3], TEXTS[2:], TEXTS[:2][::-1]]
+    write_inputs(groups)
     label.main()
     completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
     pairs = read_table(PAIRS, PAIRS_SCHEMA)
@@ -136,8 +145,9 @@ def test_pairs_point_at_rows_of_completions(
         (bytes(completions["completion"][w]).decode(), bytes(completions["completion"][r]).decode())
         for w, r in zip(pairs["chosen"], pairs["rejected"], strict=True)
     ]
-    assert found == [(TEXTS[0], TEXTS[2]), (TEXTS[2], TEXTS[4])]
-    assert [completions["prompt"][w] for w in pairs["chosen"]] == [[0, 0], [0, 1]]
+    assert found == [(TEXTS[0], TEXTS[2]), (TEXTS[2], TEXTS[4]), (TEXTS[0], TEXTS[1])]
+    assert [completions["prompt"][w] for w in pairs["chosen"]] == [[0, 0], [0, 1], [0, 2]]
+    assert pairs["chosen"] == [0, 2, 5]
 
 
 @pytest.mark.parametrize("method", ["best_against_worst", "given"])

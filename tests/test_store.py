@@ -1,8 +1,10 @@
 """Laws of the reference and its store: nothing is scored twice, and a history leaves no trace."""
 
+import hashlib
 import random
 import shutil
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from conftest import byte_tokenizer, llama
 from torch import Tensor
 
 from prefopt.packing import Row
-from stages import reference, store
+from stages import reference
 from stages.artefacts import (
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
@@ -28,7 +30,7 @@ from stages.artefacts import (
 from stages.evidence import Evidence, Models
 from stages.models import load_policy
 from stages.params import load_params
-from stages.store import STORE, Store, explain, grouped, key_of
+from stages.store import STORE, Group, Logps, Store, explain, grouped, key_of
 
 Write = Callable[..., dict[str, Any]]
 
@@ -103,15 +105,15 @@ def test_a_history_leaves_no_trace(sft: None) -> None:
     assert digest(REFERENCE) == at_once
 
 
-def test_a_pass_that_is_killed_keeps_its_shards(
+def test_a_pass_that_is_killed_keeps_its_blocks(
     sft: None, monkeypatch: pytest.MonkeyPatch, scored: list[int]
 ) -> None:
-    monkeypatch.setattr(reference, "SHARD", 4)
+    monkeypatch.setattr(reference, "BLOCK", 4)
     plain = Store.add
 
-    def killed(self: Store, records: dict[str, store.Logps]) -> None:
-        plain(self, records)
-        if len(self.known()) >= 8:
+    def killed(self: Store, groups: list[Group], records: list[Logps]) -> None:
+        plain(self, groups, records)
+        if len(self) >= 8:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -123,15 +125,65 @@ def test_a_pass_that_is_killed_keeps_its_shards(
     assert sum(scored) == 20
 
 
-def test_a_damaged_shard_is_scored_again_with_a_warning(sft: None, scored: list[int]) -> None:
+def test_a_pass_that_is_killed_within_a_block_adds_none_of_it(sft: None) -> None:
+    groups = list(grouped(rows_of(3)))
+    records = [[[0.0] * len(row.completion) for row in group.rows] for group in groups]
+
+    def interrupted() -> Iterator[Logps]:
+        yield from records[:2]
+        raise KeyboardInterrupt
+
+    with Store(key_of(SFT, load_params().compute)) as store:
+        store.add(groups[:1], records[:1])
+        with pytest.raises(KeyboardInterrupt):
+            store.add(groups[1:], interrupted())
+        assert [store.find(group) is None for group in groups] == [False, True, True]
+
+
+def overwrite(file: Path, start: int, content: bytes) -> None:
+    """Replace bytes of a file by others."""
+    whole = bytearray(file.read_bytes())
+    assert whole[start : start + len(content)] != content
+    whole[start : start + len(content)] = content
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "page"])
+def test_a_damaged_file_is_begun_anew_with_a_warning(
+    sft: None, scored: list[int], damage: str
+) -> None:
     reference.main()
     whole = digest(REFERENCE)
-    (shard,) = STORE.glob("*/*.parquet")
-    shard.write_bytes(shard.read_bytes()[:-40])
+    (file,) = STORE.iterdir()
+    match damage:
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-40])
+        case "header":
+            overwrite(file, 0, b"no database")
+        case _:
+            overwrite(file, len(file.read_bytes()) - 4096, b"\xff" * 64)
     scored.clear()
     with pytest.warns(UserWarning, match="its records are scored again"):
         reference.main()
     assert sum(scored) == 20
+    assert digest(REFERENCE) == whole
+    scored.clear()
+    reference.main()
+    assert scored == []
+
+
+def test_a_damaged_record_is_scored_again_with_a_warning(sft: None, scored: list[int]) -> None:
+    reference.main()
+    whole = digest(REFERENCE)
+    (file,) = STORE.iterdir()
+    logps = read_table(REFERENCE, REFERENCE_SCHEMA)["logps"]
+    stored = array("f", [*logps[6], *logps[7]]).tobytes()
+    start = file.read_bytes().index(stored)
+    overwrite(file, start + 2, bytes([stored[2] ^ 1]))
+    scored.clear()
+    with pytest.warns(UserWarning, match="record .* is damaged; it is scored again"):
+        reference.main()
+    assert scored == [2]
     assert digest(REFERENCE) == whole
 
 
@@ -179,10 +231,17 @@ def test_the_key_is_of_weights_and_not_of_a_tokenizers_file(sft: None) -> None:
     assert key_of(SFT, compute)["weights"] != before["weights"]
 
 
-def test_groups_are_prompts_with_all_their_completions() -> None:
-    rows = [Row([1], [5]), Row([2], [5]), Row([1], [6, 7])]
-    assert [group.rows for group in grouped(rows)] == [[0, 2], [1]]
-    assert len({group.digest for group in [*grouped(rows), *grouped(rows[:1])]}) == 3
+def test_a_group_is_the_rows_of_a_prompt_that_lie_together() -> None:
+    rows = [Row([1], [5]), Row([1], [6, 7]), Row([2], [5]), Row([1], [5])]
+    groups = list(grouped(rows))
+    assert [group.rows for group in groups] == [rows[:2], rows[2:3], rows[3:]]
+    assert len({group.digest for group in groups}) == 3
+
+
+def test_the_name_of_a_record_is_of_its_token_ids_alone() -> None:
+    (group,) = grouped([Row([1, 2], [5]), Row([1, 2], [6, 7])])
+    expected = hashlib.sha256(b"[[1, 2], [[5], [6, 7]]]").digest()
+    assert group.digest == expected
 
 
 @pytest.fixture
@@ -222,4 +281,4 @@ def test_an_audit_finds_a_log_probability_that_is_missing(
 
 def test_nothing_is_left_half_written(sft: None) -> None:
     reference.main()
-    assert {path.suffix for path in Path(STORE).glob("*/*")} == {".json", ".parquet"}
+    assert [path.suffix for path in STORE.iterdir()] == [".sqlite"]

@@ -17,7 +17,7 @@ from prefopt.checkpoints import Metrics
 from prefopt.divergences import DIVERGENCES
 from prefopt.losses import LOSSES
 from prefopt.losses.formulas import value as formula
-from prefopt.packing import Row
+from prefopt.packing import Row, Steps
 from prefopt.proofs import Case, batch_of, cases
 from prefopt.scoring import token_logps
 from stages import params, train
@@ -70,6 +70,16 @@ def test_tokens_are_counted_with_their_prompts_and_without_padding(
 ) -> None:
     assert evidence.num_tokens([0]) == (2 + 3) + (1 + 2)
     assert evidence.num_tokens([0, 1]) == evidence.num_tokens([0]) + (1 + 1) + (1 + 2)
+
+
+def test_tokens_before_a_step_are_those_of_all_earlier_ones(evidence: Evidence) -> None:
+    steps = Steps(num_rows=2, batch_size=1, num_epochs=2, seed=0)
+    before = train.TokensBefore(evidence, steps)
+    resumed = train.TokensBefore(evidence, steps)
+    assert [before(step) for step in range(4)] == [
+        sum(map(evidence.num_tokens, list(steps)[:step])) for step in range(4)
+    ]
+    assert resumed(3) == before(3) > 0
 
 
 def test_a_reference_of_other_rows_is_refused(evidence: Evidence) -> None:
@@ -266,6 +276,21 @@ def test_a_pair_likelier_than_the_policys_own_draws_weighs_one(
     write_table(PAIRS, {"chosen": [0], "rejected": [1], "preference": [1.0]}, PAIRS_SCHEMA)
     write_table(REFERENCE, {"logps": [[-1.0], [-1.0]]}, REFERENCE_SCHEMA)
     assert Evidence().batch("WeightedPairs", [0], [0], models).weight.tolist() == [1.0]
+
+
+def test_log_ratios_are_the_trained_policys_against_the_stored_reference(
+    real: tuple[Evidence, Models],
+) -> None:
+    evidence, models = real
+    moved(models.policy)
+    compute = load_params().compute
+    found = train.logratios_after(models.policy, evidence, [4, 1], compute)
+    for place, pair in enumerate([4, 1]):
+        for side in ("chosen", "rejected"):
+            row = evidence.pairs[side][pair]
+            (logps,) = token_logps(models.policy, [evidence.rows[row]])
+            expected = logps.sum().item() - sum(evidence.reference[row])
+            assert found[side][place] == pytest.approx(expected, rel=1e-4)
 
 
 def test_sequential_kls_are_those_of_the_next_token_summed(real: tuple[Evidence, Models]) -> None:
