@@ -22,6 +22,7 @@ from stages.results import COLOURS
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 START, END = "<!-- from results/cpu.json -->\n", "<!-- to here -->\n"
+MEMORY_START = "<!-- from results/memory-cpu.json -->\n"
 OURS = "packed"
 
 
@@ -55,6 +56,21 @@ def compared(table: dict[str, Any], arm: str, what: str) -> Compared:
 def tables(results: dict[str, Any]) -> str:
     """What the README says of the results, in Markdown."""
     return "\n".join([_machine(results), *(_table(table) for table in results["tables"])])
+
+
+def memory_table(results: dict[str, Any]) -> str:
+    """Peak memory of the stages by the number of training pairs, in Markdown."""
+    sizes = list(results["pairs"])
+    lines = [
+        f"| | {' | '.join(f'{int(size):,} pairs' for size in sizes)} | most over least |",
+        f"|---|{'---|' * len(sizes)}---|",
+    ]
+    for stage in results["pairs"][sizes[0]]:
+        peaks = [results["pairs"][size].get(stage, {}).get("bytes") for size in sizes]
+        known = [peak for peak in peaks if peak is not None]
+        cells = ["not run" if peak is None else f"{peak / MIB:.0f} MiB" for peak in peaks]
+        lines.append(f"| {stage} | {' | '.join(cells)} | {max(known) / min(known):.3f} |")
+    return "\n".join(lines) + "\n"
 
 
 def _machine(results: dict[str, Any]) -> str:
@@ -148,9 +164,12 @@ def main() -> None:
     results = json.loads((HERE / "results/cpu.json").read_text())
     with rc_context(STYLE_OF_FIGURES):
         save(picture(results), HERE / "results/cpu.svg")
+    memory = json.loads((HERE / "results/memory-cpu.json").read_text())
     text = README.read_text()
-    between = re.compile(f"(?<={re.escape(START)}).*(?={re.escape(END)})", re.DOTALL)
-    README.write_text(between.sub(lambda _: tables(results), text))
+    for start, written in ((START, tables(results)), (MEMORY_START, memory_table(memory))):
+        between = re.compile(f"(?<={re.escape(start)}).*?(?={re.escape(END)})", re.DOTALL)
+        text = between.sub(lambda _, written=written: written, text)
+    README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""The stages' peak memory does not grow with the number of rows in the data."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks.memory import RESULT, measure, peak_of
+from benchmarks.report import README, memory_table
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+FEW, MANY = 1_000, 30_000
+
+
+def test_peak_memory_is_that_of_a_thirtieth_of_the_rows() -> None:
+    stages = ("prepare", "label", "train")
+    few, many = (dict(measure(pairs, stages)) for pairs in (FEW, MANY))
+    for stage in stages:
+        assert many[stage].bytes < 1.1 * few[stage].bytes, stage
+
+
+def test_what_a_program_holds_is_seen_and_what_it_maps_is_not() -> None:
+    holds = "import time; held = bytearray(b'x' * 2**26); time.sleep(0.2)"
+    maps = (
+        "import mmap, tempfile, time; file = tempfile.TemporaryFile(); file.write(b'x' * 2**26); "
+        "file.flush(); mapped = mmap.mmap(file.fileno(), 2**26, access=mmap.ACCESS_READ); "
+        "seen = sum(mapped[i] for i in range(0, 2**26, 4096)); time.sleep(0.2)"
+    )
+    nothing = peak_of([sys.executable, "-c", "import time; time.sleep(0.2)"]).bytes
+    assert peak_of([sys.executable, "-c", holds]).bytes > nothing + 2**26 - 2**20
+    assert peak_of([sys.executable, "-c", maps]).bytes < nothing + 2**24
+
+
+def test_the_page_shows_the_committed_peaks() -> None:
+    assert memory_table(json.loads(RESULT.read_text())) in README.read_text()
