@@ -24,9 +24,9 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from benchmarks import costs
-from benchmarks.costs import Work
 from benchmarks.data import END, NUM_CONTROL, PAD, Example
 from prefopt.batches import Pairs, Rankings, Scored
+from prefopt.costs import Work
 from prefopt.losses.listwise import infonca
 from prefopt.losses.pairwise import dpo
 from prefopt.packing import Row

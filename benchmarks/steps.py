@@ -43,6 +43,7 @@ from benchmarks.data import (
     sorted_batches,
 )
 from benchmarks.meters import Took, machine, matmul_peak, peak_memory, timed
+from prefopt.costs import necessary, price_of, useful_tokens
 
 RESULTS = Path(__file__).parent / "results"
 # Relative, in float32; low precision is rounded differently by every layout.
@@ -198,7 +199,8 @@ def measure(table: Table, settings: Settings, *, seed: int = 0) -> dict[str, Any
         rounds = [
             _round(arms, policy, batch, number, settings) for number, batch in enumerate(batches)
         ]
-    necessary = [costs.necessary(batch).flop(table.config) for batch in batches]
+    price = price_of(policy)
+    rows = [costs.rows_of(batch) for batch in batches]
     peak = matmul_peak(settings.device, settings.compute_dtype)
     kept = slice(MEMORY_ROUNDS, None)
     return {
@@ -211,8 +213,8 @@ def measure(table: Table, settings: Settings, *, seed: int = 0) -> dict[str, Any
         "sorted": table.in_order,
         "seconds": time.perf_counter() - began,
         "matmul_peak": peak,
-        "useful_tokens": [costs.useful_tokens(batch) for batch in batches[kept]],
-        "necessary_flop": necessary[kept],
+        "useful_tokens": [useful_tokens(of) for of in rows[kept]],
+        "necessary_flop": [price.of(necessary(of)) for of in rows[kept]],
         "arms": {
             arm.name: {
                 "title": arm.title,
@@ -220,7 +222,7 @@ def measure(table: Table, settings: Settings, *, seed: int = 0) -> dict[str, Any
                 "wall_seconds": [taken[arm.name].took.wall for taken in rounds[kept]],
                 "memory_bytes": [taken[arm.name].memory for taken in rounds[:MEMORY_ROUNDS]],
                 "slots": [arm.work(batch).slots for batch in batches[kept]],
-                "flop": [arm.work(batch).flop(table.config) for batch in batches[kept]],
+                "flop": [price.of(arm.work(batch)) for batch in batches[kept]],
                 "loss_deviation": max(taken[arm.name].loss_deviation for taken in rounds),
                 "norm_deviation": max(taken[arm.name].norm_deviation for taken in rounds),
             }

@@ -19,6 +19,7 @@ from benchmarks.steps import (
     Table,
     measure,
 )
+from prefopt.costs import necessary, useful_tokens
 from prefopt.packing import packed, slots_of
 
 AGAINST_TRL = Table("hh", "HH", TINY, HH, ("trl", "packed"), prompts=4, rounds=3)
@@ -72,11 +73,11 @@ def test_costs_are_those_of_the_layouts() -> None:
     batch = examples(TLDR, 3, completions=4, vocab_size=4096, seed=1)
     rows = [row for example in batch for row in example.rows]
     assert costs.packed(batch).slots == slots_of(rows)
-    assert costs.useful_tokens(batch) == slots_of(rows) + len(rows)
+    assert useful_tokens(rows) == slots_of(rows) + len(rows)
     alone = sum(len(row) * (len(row) - 1) // 2 for row in rows)
     assert costs.packed(batch).attended == alone
     prompts = sum(len(e.rows[0].prompt) * (len(e.rows[0].prompt) + 1) // 2 for e in batch)
-    assert costs.necessary(batch).attended == alone - 3 * prompts
+    assert necessary(rows).attended == alone - 3 * prompts
     assert (
         costs.padded(batch).scored
         == costs.packed(batch).scored
