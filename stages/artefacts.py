@@ -325,6 +325,14 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def weights_digest(model: Path) -> str:
+    """SHA-256 of a model directory's weights and of the config that says how they are read."""
+    sha = hashlib.sha256()
+    for file in sorted([*model.glob("*.safetensors*"), model / "config.json"]):
+        sha.update(f"{file.name} {digest(file)}\n".encode())
+    return sha.hexdigest()
+
+
 def _first_party_modules() -> list[Path]:
     here = Path.cwd()
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]

@@ -6,13 +6,15 @@ Its output never changes, so passing it again re-runs nothing; failing it stops 
 from stages import models
 from stages.artefacts import CHECKED, program, stage
 from stages.params import load_params
-from stages.runs import check_runs
+from stages.runs import bind, check_runs
 
 
 def main() -> None:
     params = load_params()
     check_runs(params)
     models.check(params.base)
+    runs = [bind(params, name).optimiser for name in params.runs]
+    models.check_trainable(params.base, [params.sft, *runs])
     with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:
         workspace.partial(CHECKED).write_text("params.yaml and the base model are sound\n")
 

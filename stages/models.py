@@ -3,24 +3,41 @@
 A model is named by a local Hugging Face directory, a hub id, or `package:MODULE/FILE.gguf` for
 weights that ship inside an installed Python package. Weights are safetensors or GGUF, never
 pickles, and no model brings its own code.
+
+A directory may hold adapters alone. It then names the model that they adapt and the digest of its
+weights, and is loaded as that model with the adapters merged in.
 """
 
+import copy
+import functools
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from prefopt import attention
 from prefopt.scoring import packs
+from stages.artefacts import weights_digest
+from stages.params import Lora, Optimiser
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # Not in the registry of masks too: so a model makes none, and packed rows need none.
 AttentionInterface.register(attention.NAME, attention.attend)
+
+ADAPTED = "adapted.json"  # beside adapters: which model they adapt
+ADAPTER_CONFIG = "adapter_config.json"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -85,6 +102,18 @@ def check(name: str) -> None:
         )
 
 
+def check_trainable(name: str, optimisers: Iterable[Optimiser]) -> None:
+    """Refuse layers and modules to train that the model has not, before its weights are read.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(load_config(name))
+    for optimiser in optimisers:
+        make_trainable(copy.deepcopy(policy), optimiser, seed=0)
+
+
 def is_local(name: str) -> bool:
     """Whether `name` is a path: it starts with a dot or a slash, or with a folder that exists."""
     return name.startswith((".", "/")) or Path(Path(name).parts[0]).is_dir()
@@ -112,7 +141,13 @@ def eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_policy(name: str) -> PreTrainedModel:
-    """A causal LM in float32 on the device, in eval mode: dropout would make log-ratios lie."""
+    """A causal LM in float32 on the device, in eval mode: dropout would make log-ratios lie.
+
+    Raises:
+        ValueError: if `name` holds adapters of other weights than those of the model that it names.
+    """
+    if (Path(name) / ADAPTED).is_file():
+        return _load_adapted(Path(name))
     policy = AutoModelForCausalLM.from_pretrained(
         **_source(name), dtype=torch.float32, use_safetensors=True
     )
@@ -138,10 +173,149 @@ def with_engine(policy: PreTrainedModel) -> PreTrainedModel:
     return policy
 
 
-def save(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a Hugging Face directory: safetensors, config and tokenizer."""
-    policy.save_pretrained(directory)
+def save(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    adapted: Path | None = None,
+) -> None:
+    """Write a Hugging Face directory: safetensors, config and tokenizer.
+
+    Args:
+        policy: its adapters, if it has some, are merged into it unless `adapted` is given.
+        tokenizer: goes with it.
+        directory: is made.
+        adapted: the directory that the policy was loaded from; adapters alone are then written.
+    """
+    if adapted is None or not has_adapters(policy):
+        merged(policy).save_pretrained(directory)
+    else:
+        policy.save_pretrained(directory)
+        # peft keeps the names as a set, whose order is another in every process.
+        config = json.loads((directory / ADAPTER_CONFIG).read_text())
+        config |= {
+            "base_model_name_or_path": str(adapted),
+            "target_modules": sorted(config["target_modules"]),
+        }
+        _write_json(directory / ADAPTER_CONFIG, config)
+        identity = {"model": str(adapted), "weights": weights_digest(adapted)}
+        _write_json(directory / ADAPTED, identity)
     tokenizer.save_pretrained(directory)
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _load_adapted(directory: Path) -> PreTrainedModel:
+    identity = json.loads((directory / ADAPTED).read_text())
+    found = weights_digest(Path(identity["model"]))
+    if found != identity["weights"]:
+        raise ValueError(
+            f"{directory}: adapters of other weights than '{identity['model']}' has now, got "
+            f"{found[:12]} for {identity['weights'][:12]}; restore the model that they were "
+            f"trained on, or train them again"
+        )
+    policy = load_policy(identity["model"])
+    policy.load_adapter(str(directory))
+    return merged(policy)
+
+
+def make_trainable(policy: PreTrainedModel, optimiser: Optimiser, *, seed: int) -> None:
+    """Say what of the policy trains: adapters, top layers or all of it; and what it remembers."""
+    if optimiser.lora is not None:
+        add_adapters(policy, optimiser.lora, seed=seed)
+    else:
+        train_only_top(policy, optimiser.top_layers)
+    if optimiser.activation_checkpointing:
+        checkpoint_activations(policy)
+
+
+def add_adapters(policy: PreTrainedModel, lora: Lora, *, seed: int) -> None:
+    """Add low-rank adapters, which alone train from here on; they change nothing until they do.
+
+    Raises:
+        ValueError: if the policy has no such modules, or they are its embeddings or its LM head.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            policy.add_adapter(_lora_config(policy, lora))
+        except ValueError as error:
+            raise ValueError(
+                f"lora.targets: not of this model, got {lora.targets} ({error}); take all-linear, "
+                "or names of its linear modules"
+            ) from error
+    # The engine reads the head's weight itself, and a tied one would be adapted by half.
+    if any(map(_is_adapted, (policy.get_input_embeddings(), policy.get_output_embeddings()))):
+        raise ValueError(
+            f"lora.targets: embeddings and the LM head take no adapters, got {lora.targets}; name "
+            "modules of the layers"
+        )
+
+
+def _lora_config(policy: PreTrainedModel, lora: Lora) -> "LoraConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=lora.targets,
+        # GPT-2's, whose weights lie transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in policy.modules()),
+    )
+
+
+def has_adapters(policy: PreTrainedModel) -> bool:
+    return hasattr(policy, "peft_config")
+
+
+def _is_adapted(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def merged(policy: PreTrainedModel) -> PreTrainedModel:
+    """The policy with its adapters added to its weights, in place; sampling then pays for none."""
+    if not has_adapters(policy):
+        return policy
+    adapted: list[tuple[str, Any]] = [
+        (name, module) for name, module in policy.named_modules() if _is_adapted(module)
+    ]
+    for name, module in adapted:
+        module.merge()
+        policy.set_submodule(name, module.get_base_layer())
+    policy.delete_adapter("default")
+    return policy
+
+
+def frozen(policy: PreTrainedModel, optimiser: Optimiser) -> PreTrainedModel:
+    """The reference of a policy that is about to train: what it is now.
+
+    Where adapters alone will train, it is the policy without them and shares its weights: no second
+    copy of them is held.
+    """
+    shared = policy.parameters() if optimiser.lora is not None else ()
+    return copy.deepcopy(policy, {id(weight): weight for weight in shared}).requires_grad_(False)
+
+
+def checkpoint_activations(policy: PreTrainedModel) -> None:
+    """Keep of each layer only what enters it; the rest is computed again for the gradient.
+
+    Hugging Face's own switch works in training mode alone, which would turn on dropout.
+    """
+    layers = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"activation_checkpointing: {type(policy).__name__} has no layers for it, got true; "
+            "set it to false"
+        )
+    for layer in layers:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def train_only_top(policy: PreTrainedModel, num_layers: int) -> None:

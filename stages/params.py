@@ -7,15 +7,18 @@ the remedy. What a run may say is its loss's business: `stages.runs`.
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -53,6 +56,23 @@ class Data(Strict):
     num_test: Count
 
 
+class Lora(Strict):
+    """Low-rank adapters; their dropout is always 0, because it would make log-ratios lie."""
+
+    rank: Count
+    alpha: Positive
+    targets: str | Annotated[list[str], Field(min_length=1)]
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _named_or_all(cls, targets: Any) -> Any:
+        if targets == "all-linear" or isinstance(targets, list):
+            return targets
+        raise ValueError(
+            f"must be all-linear or a list of names of modules, got {targets!r}; change it there"
+        )
+
+
 class Optimiser(Strict):
     learning_rate: Positive
     num_epochs: Count
@@ -62,6 +82,17 @@ class Optimiser(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Positive
     top_layers: Annotated[StrictInt, Field(ge=0)]
+    lora: Lora | None
+    activation_checkpointing: StrictBool
+
+    @model_validator(mode="after")
+    def _one_choice_of_what_trains(self) -> "Optimiser":
+        if self.lora is not None and self.top_layers:
+            raise ValueError(
+                f"top_layers: adapters train in the place of layers, got {self.top_layers} with "
+                "lora; set top_layers to 0, or lora to null"
+            )
+        return self
 
 
 class Sample(Strict):
@@ -211,11 +242,11 @@ def _message(error: Any, where: str, schema: type[BaseModel]) -> str:
             return f"{path or where}: {message}, got {got!r}; change it there"
 
 
-def _fields_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def _fields_at(schema: Any, location: tuple[Any, ...]) -> list[str]:
     for part in location:
         annotation = schema.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        schema = annotation
+        # A section that may be null is a union with None.
+        (schema,) = [t for t in get_args(annotation) or [annotation] if t is not NoneType]
     return list(schema.model_fields)
 
 

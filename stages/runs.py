@@ -33,7 +33,7 @@ class Options(Strict):
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
 
 
-OVERRIDES = ("learning_rate", "num_epochs")
+OVERRIDES = ("learning_rate", "num_epochs", "lora")
 
 
 @dataclass(frozen=True)

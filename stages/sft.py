@@ -40,7 +40,7 @@ def main() -> None:
         rows = Rows(prompts["tokens"], prompts["gold_tokens"])
         numbers = rows_of_split(prompts, "train")
         policy = models.load_policy(params.base)
-        models.train_only_top(policy, sft.top_layers)
+        models.make_trainable(policy, sft, seed=compute.seed)
         steps = Steps(len(numbers), sft.batch_size, sft.num_epochs, compute.seed)
 
         def objective(step: int) -> Iterator[tuple[Tensor, Metrics]]:
@@ -62,6 +62,8 @@ def main() -> None:
             tokenizer=params.base,
             curve=SFT_CURVE,
             checkpoint_every=compute.checkpoint_every,
+            rows_of=lambda step: [rows[numbers[i]] for i in steps[step]],
+            compute_dtype=models.DTYPES[compute.dtype],
         )
 
 

@@ -22,7 +22,14 @@ from pathlib import Path
 from types import TracebackType
 
 from prefopt.packing import Row
-from stages.artefacts import COMPLETIONS, COMPLETIONS_SCHEMA, SFT, WORK, digest, map_table
+from stages.artefacts import (
+    COMPLETIONS,
+    COMPLETIONS_SCHEMA,
+    SFT,
+    WORK,
+    map_table,
+    weights_digest,
+)
 from stages.params import Compute
 from stages.rows import Rows
 
@@ -35,15 +42,12 @@ Logps = list[list[float]]  # of the completions of one prompt
 
 def key_of(model: Path, compute: Compute) -> dict[str, str]:
     """Everything but token ids that a log-probability depends on."""
-    weights = hashlib.sha256()
-    for file in sorted([*model.glob("*.safetensors*"), model / "config.json"]):
-        weights.update(f"{file.name} {digest(file)}\n".encode())
     engine = hashlib.sha256()
     for module in ENGINE:
         engine.update((Path(__file__).parents[1] / "prefopt" / f"{module}.py").read_bytes())
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     return {
-        "weights": weights.hexdigest(),
+        "weights": weights_digest(model),
         "dtype": compute.dtype,
         "threads": str(compute.num_threads),
         "engine": engine.hexdigest(),

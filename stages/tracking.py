@@ -110,7 +110,11 @@ def track_evaluation(run: str, *, recipe: str, metrics: dict[str, float]) -> Non
 
 
 class Curve(AbstractContextManager["Curve"]):
-    """A training's metrics by step: a CSV file, a progress bar, and the journal if there is one."""
+    """A training's metrics by step: a CSV file, a progress bar, and the journal if there is one.
+
+    Rates are of the machine and of the hour. They go to the bar and to MLflow's system metrics,
+    and never into the file, which is the same in every run.
+    """
 
     def __init__(
         self, path: Path, name: str, num_steps: int, journal: Journal | None = None
@@ -120,7 +124,13 @@ class Curve(AbstractContextManager["Curve"]):
         self._journal = journal
         self._bar = tqdm(total=num_steps, desc=name, unit="step", mininterval=5)
 
-    def log(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float], rates: dict[str, float] | None = None) -> None:
+        """Write a step down.
+
+        Args:
+            metrics: of the step.
+            rates: tokens_per_second and mfu; None if it was replayed from a checkpoint.
+        """
         if self._writer is None:
             self._writer = csv.DictWriter(self._file, list(metrics), lineterminator="\n")
             self._writer.writeheader()
@@ -129,8 +139,17 @@ class Curve(AbstractContextManager["Curve"]):
         if self._journal is not None:
             step = int(metrics["step"])
             values = {key: value for key, value in metrics.items() if key != "step"}
+            values |= {f"system/{name}": rate for name, rate in (rates or {}).items()}
             self._journal.write({"step": step, "metrics": values})
-        self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+        if rates is None:
+            # The time left is reckoned from steps that were computed here.
+            self._bar.initial = self._bar.last_print_n = self._bar.n = self._bar.n + 1
+            return
+        self._bar.set_postfix_str(
+            f"loss={metrics['loss']:.4f}, {rates['tokens_per_second']:.0f} tokens/s, "
+            f"mfu={rates['mfu']:.0%}",
+            refresh=False,
+        )
         self._bar.update()
 
     def __exit__(

@@ -76,9 +76,9 @@ def main() -> None:
     ):
         evidence = Evidence()
         policy = models.load_policy(str(SFT))
-        models.train_only_top(policy, run.optimiser.top_layers)
         alive = run.loss.evidence in READS_LIVE_REFERENCE
-        reference = models.load_policy(str(SFT)).requires_grad_(False) if alive else None
+        reference = models.frozen(policy, run.optimiser) if alive else None
+        models.make_trainable(policy, run.optimiser, seed=compute.seed)
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
         deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
         journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
@@ -108,6 +108,9 @@ def main() -> None:
                 tokenizer=str(SFT),
                 curve=curve_of(name),
                 checkpoint_every=compute.checkpoint_every,
+                rows_of=lambda step: [row for i in steps[step] for row in evidence.rows_of(i)],
+                compute_dtype=pair.compute_dtype,
+                adapted=SFT,
                 journal=journal,
             )
         num_pairs = len(evidence.pairs["chosen"])

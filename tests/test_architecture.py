@@ -32,6 +32,7 @@ HOMES = {
     "jinja2": ["stages/report.py"],
     "transformers": ["stages/models.py", "stages/oracle.py", "stages/pretrain.py"],
     "trl": ["stages/oracle.py"],
+    "peft": ["stages/models.py"],
 }
 # Parts that programs share; every other module of stages with a `main` is a program.
 SHARED = {"stages.params", "stages.artefacts", "stages.models", "stages.judges", "stages.tracking"}

@@ -10,6 +10,7 @@ from conftest import PROJECT, shipped_params
 
 from prefopt.losses import LOSSES
 from prefopt.proofs import cases
+from stages import check
 from stages.params import checked, load_params, load_pretrain, read_yaml
 from stages.runs import TRAINABLE, bind, check_runs, hyperparameter_schema
 from stages.training import optimisation
@@ -138,6 +139,63 @@ def test_a_section_with_a_mistake_is_refused(
     write_params(**changes)
     with refused(message):
         load_params()
+
+
+LORA = {"rank": 2, "alpha": 4, "targets": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LORA | {"rnak": 2}, "train.lora.rnak: no such key, got 2; known: rank, alpha, targets"),
+        (LORA | {"rank": 0}, "train.lora.rank: must be greater than or equal to 1, got 0"),
+        (LORA | {"targets": "all"}, "train.lora.targets: must be all-linear or a list of "),
+        (LORA | {"dropout": 0.1}, "train.lora.dropout: no such key, got 0.1"),
+        ({"rank": 2, "alpha": 4}, "train.lora.targets: is missing"),
+    ],
+)
+def test_adapters_with_a_mistake_are_refused(
+    write_params: Write, lora: dict[str, Any], message: str
+) -> None:
+    write_params(**{"train.lora": lora})
+    with refused(message):
+        load_params()
+
+
+def test_a_run_may_train_adapters_where_others_train_all(write_params: Write) -> None:
+    dpo = {"loss": "dpo", "beta": 0.1}
+    write_params(runs={"whole": dpo, "adapted": dpo | {"lora": LORA}})
+    params = load_params()
+    lora = bind(params, "adapted").optimiser.lora
+    assert lora is not None
+    assert lora.model_dump() == LORA
+    assert bind(params, "whole").optimiser.lora is None
+    write_params(**{"train.lora": LORA, "runs": {"whole": dpo | {"lora": None}}})
+    assert bind(load_params(), "whole").optimiser.lora is None
+
+
+def test_adapters_beside_top_layers_are_refused(write_params: Write) -> None:
+    write_params(**{"train.lora": LORA, "train.top_layers": 2})
+    with refused("train: top_layers: adapters train in the place of layers, got 2 with lora"):
+        load_params()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft.top_layers": 9}, "top_layers: more than the model has, got 9; at most 2"),
+        (
+            {"runs": {"x": {"loss": "dpo", "beta": 0.1, "lora": LORA | {"targets": ["q_prj"]}}}},
+            "lora.targets: not of this model, got ['q_prj']",
+        ),
+    ],
+)
+def test_what_the_base_cannot_train_is_refused_before_its_weights_are_read(
+    base: Path, write_params: Write, changes: dict[str, Any], message: str
+) -> None:
+    write_params(**changes)
+    with refused(message):
+        check.main()
 
 
 @pytest.mark.parametrize(

@@ -267,3 +267,33 @@ def test_a_curve_is_a_csv_file_and_a_journal(client: MlflowClient) -> None:
         (0, {"loss": 0.5, "rewards/margins": 0.25}),
         (1, {"loss": 0.25, "rewards/margins": 0.5}),
     ]
+
+
+def test_rates_go_to_the_bar_and_to_system_metrics_and_never_into_the_file(
+    client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = {"tokens_per_second": 1234.5, "mfu": 0.25}
+    with track("dpo", **HEAD) as journal, tracking.Curve(Path("c.csv"), "dpo", 2, journal) as curve:
+        curve.log({"step": 0, "loss": 0.5}, rates)
+        curve.log({"step": 1, "loss": 0.25}, rates)
+    assert Path("c.csv").read_text() == "step,loss\n0,0.5\n1,0.25\n"
+    assert "loss=0.2500, 1234 tokens/s, mfu=25%" in capsys.readouterr().err
+    deliver_all()
+    (run,) = runs_of(client)
+    assert run.data.metrics == {
+        "loss": 0.25,
+        "system/tokens_per_second": 1234.5,
+        "system/mfu": 0.25,
+    }
+
+
+def test_the_time_left_is_reckoned_from_steps_that_were_not_replayed() -> None:
+    with tracking.Curve(Path("c.csv"), "dpo", 8) as curve:
+        for step in range(4):
+            curve.log({"step": step, "loss": 0.5})
+        for step in range(4, 6):
+            time.sleep(0.1)
+            curve.log({"step": step, "loss": 0.5}, {"tokens_per_second": 1.0, "mfu": 0.1})
+        shown = curve._bar.format_dict
+    assert (shown["n"], shown["initial"]) == (6, 4)
+    assert (shown["n"] - shown["initial"]) / shown["elapsed"] < 1 / 0.1
