@@ -113,6 +113,29 @@ def verify_losses(
     sys.exit(0 if all(proof.holds for proof in found) else 1)
 
 
+@app.command()
+def power(
+    effect: Annotated[
+        float, typer.Option(help="a win rate above one half, or a difference")
+    ] = 0.05,
+    prompts: Annotated[int, typer.Option(help="say what so many can see; 0: none given")] = 0,
+    ties: Annotated[float, typer.Option(help="share of the verdicts")] = 0.0,
+    power: Annotated[float, typer.Option(help="probability of seeing the effect")] = 0.8,
+    alpha: Annotated[float, typer.Option(help="two-sided level of significance")] = 0.05,
+    paired: Annotated[bool, typer.Option("--paired", help="compare two runs")] = False,
+    correlation: Annotated[float, typer.Option(help="of their points on a prompt")] = 0.3,
+    rate: Annotated[float, typer.Option(help="the weaker run's win rate")] = 0.5,
+) -> None:
+    """Say how many prompts an evaluation needs, and what it can see."""
+    from prefopt.statistics.power import Design, report
+
+    def answer() -> str:
+        design = Design(ties, alpha, power, correlation if paired else None, rate)
+        return report(effect, design, [prompts] if prompts else [])
+
+    typer.echo(_or_exit(answer))
+
+
 def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)

@@ -37,6 +37,7 @@ PAIRS = ROOT / "pairs.parquet"
 REFERENCE = ROOT / "reference.parquet"
 SFT = ROOT / "models" / "sft"
 SFT_CURVE = ROOT / "curves" / "sft.csv"
+COMPARISON = ROOT / "comparison.json"
 REPORT = ROOT / "report"
 WORK = Path(".prefopt")  # checkpoints, locks, journals: neither git's nor DVC's
 

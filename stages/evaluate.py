@@ -3,14 +3,19 @@
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefopt.metrics import bootstrap, displacement, distinct, points
+from prefopt.metrics import displacement, distinct
+from prefopt.statistics.intervals import points, win_rate
+from prefopt.statistics.length import length_controlled
 from stages.artefacts import (
     JUDGEMENTS_SCHEMA,
     LOGRATIOS_SCHEMA,
+    PROMPTS,
+    PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
     judgements_of,
     logratios_of,
@@ -37,12 +42,18 @@ def main() -> None:
     }
     with stage(
         f"evaluate@{name}",
-        inputs=[judgements_of(name), samples_of(name), samples_of("sft"), logratios_of(name)],
+        inputs=[
+            PROMPTS,
+            judgements_of(name),
+            samples_of(name),
+            samples_of("sft"),
+            logratios_of(name),
+        ],
         outputs=[metrics_of(name)],
         params=relevant,
     ) as workspace:
         metrics = {
-            "win_rate": win_rates(name, evaluation.num_resamples, params.compute.seed),
+            **win_rates(name, evaluation.num_resamples, params.compute.seed),
             **sample_metrics(name, params.label.reward),
             "displacement": displaced(name),
         }
@@ -51,20 +62,43 @@ def main() -> None:
     track_evaluation(name, recipe=params.recipe, metrics=flatten(metrics))
 
 
-def win_rates(name: str, num_resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Opponent -> judge -> win rate with its interval; ties count one half."""
-    table = read_table(judgements_of(name), JUDGEMENTS_SCHEMA)
-    verdicts: dict[tuple[str, str], list[str]] = {}
-    for opponent, judge, verdict in zip(
-        table["opponent"], table["judge"], table["verdict"], strict=True
+def win_rates(name: str, num_resamples: int, seed: int) -> dict[str, Any]:
+    """Win rates and length-controlled ones: opponent -> judge -> estimate.
+
+    Where length cannot be told from quality, the reason stands in the estimate's place.
+    """
+    judgements = read_table(judgements_of(name), JUDGEMENTS_SCHEMA)
+    ours, theirs = _lengths(samples_of(name)), {"sft": _lengths(samples_of("sft"))}
+    theirs["gold"] = dict(enumerate(map(len, read_table(PROMPTS, PROMPTS_SCHEMA)["gold_tokens"])))
+    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for opponent, judge, *row in zip(
+        *(judgements[key] for key in ("opponent", "judge", "prompt", "verdict")), strict=True
     ):
-        verdicts.setdefault((opponent, judge), []).append(verdict)
+        found.setdefault((opponent, judge), []).append((row[0], row[1]))
     rates: dict[str, dict[str, Any]] = {}
-    for (opponent, judge), found in verdicts.items():
-        estimate = bootstrap(points(found), seed=seed, num_resamples=num_resamples)
-        counts = {key: found.count(key) for key in ("policy", "opponent", "tie")}
+    controlled: dict[str, dict[str, Any]] = {}
+    for (opponent, judge), rows in found.items():
+        prompts = np.array([prompt for prompt, _ in rows])
+        verdicts = [verdict for _, verdict in rows]
+        counts = {key: verdicts.count(key) for key in ("policy", "opponent", "tie")}
+        estimate = win_rate(points(verdicts), prompts)
         rates.setdefault(opponent, {})[judge] = _rounded(asdict(estimate)) | counts
-    return rates
+        longer = np.array([ours[prompt] - theirs[opponent][prompt] for prompt, _ in rows])
+        try:
+            estimate = length_controlled(
+                points(verdicts), longer, prompts, seed=seed, num_resamples=num_resamples
+            )
+        except ValueError as error:
+            controlled.setdefault(opponent, {})[judge] = {"refused": str(error)}
+        else:
+            controlled.setdefault(opponent, {})[judge] = _rounded(asdict(estimate))
+    return {"win_rate": rates, "length_controlled": controlled}
+
+
+def _lengths(samples: Path) -> dict[int, int]:
+    """Prompt -> tokens of its completion."""
+    table = read_table(samples, SAMPLES_SCHEMA)
+    return dict(zip(table["prompt"], map(len, table["tokens"]), strict=True))
 
 
 def sample_metrics(name: str, gold: str) -> dict[str, float]:
@@ -107,13 +141,13 @@ def displaced(name: str) -> dict[str, float]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics under slash-separated names."""
+    """Nested numbers under slash-separated names; words are left out."""
     flat: dict[str, float] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
+        elif not isinstance(value, str):
+            flat[prefix + key] = float(value)
     return flat
 
 

@@ -99,7 +99,7 @@ def repro(project: Path, *arguments: str) -> list[str]:
 
 def test_every_artefact_of_the_pipeline_is_there_and_locked(project: Path) -> None:
     locked = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
-    assert {"sft", "reference", "train@dpo", "evaluate@squared", "report"} <= set(locked)
+    assert {"sft", "reference", "train@dpo", "evaluate@squared", "compare", "report"} <= set(locked)
     metrics = json.loads((project / "artefacts/metrics/dpo.json").read_text())
     for opponent in ("sft", "gold"):
         for judge in ("vader", "textblob"):
@@ -117,7 +117,7 @@ def test_a_second_repro_executes_nothing(project: Path) -> None:
     assert repro(project) == []
 
 
-def test_changing_one_run_runs_its_four_stages_and_the_report(project: Path) -> None:
+def test_changing_one_run_runs_its_four_stages_the_comparison_and_the_report(project: Path) -> None:
     changed = SMALL["runs"] | {"dpo": {"loss": "dpo", "beta": 0.2}}
     edit(project, {"runs": changed})
     try:
@@ -126,7 +126,7 @@ def test_changing_one_run_runs_its_four_stages_and_the_report(project: Path) -> 
         edit(project, {"runs": SMALL["runs"]})
         repro(project)
     runs = ["train@dpo", "complete@dpo", "judge@dpo", "evaluate@dpo"]
-    assert sorted(executed) == sorted(["check", *runs, "report"])
+    assert sorted(executed) == sorted(["check", *runs, "compare", "report"])
 
 
 def test_adding_a_run_trains_only_it(project: Path) -> None:
@@ -137,7 +137,7 @@ def test_adding_a_run_trains_only_it(project: Path) -> None:
         edit(project, {"runs": SMALL["runs"]})
         repro(project)
     runs = ["train@more", "complete@more", "judge@more", "evaluate@more"]
-    assert sorted(executed) == sorted(["check", *runs, "report"])
+    assert sorted(executed) == sorted(["check", *runs, "compare", "report"])
 
 
 def test_another_clone_run_as_a_flow_gives_the_same_lock(project: Path, tmp_path: Path) -> None:
