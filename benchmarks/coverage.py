@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "coverage.json"
 PAGE = HERE / "coverage.md"
 
-NUM_SIMULATIONS = 2000
+NUM_SIMULATIONS = 6000
 CLAIMED, TOLERATED = 0.95, 0.02
 RATES = (0.5, 0.6, 0.8, 0.95)
 PROMPTS = (50, 100, 256, 1000)
@@ -98,9 +98,9 @@ def simulated(
 
 
 def moved(
-    probability: Float[np.ndarray, "..."], effect: Float[np.ndarray, "..."]
-) -> Float[np.ndarray, "..."]:
-    """Probabilities moved by at most 1/4 at 1/2, less at the ends; symmetric effects keep the mean."""
+    probability: Float[np.ndarray, "*#all"], effect: Float[np.ndarray, "*#all"]
+) -> Float[np.ndarray, "*all"]:
+    """Moved by the effect at 1/2, less at the ends; effects symmetric about 0 keep the mean."""
     return probability + 4 * effect * probability * (1 - probability)
 
 

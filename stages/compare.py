@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def families(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Runs that differ in nothing but `seed`, under their names joined: one objective, trained anew."""
+    """Runs that differ in nothing but `seed`, one objective trained anew: names joined -> names."""
     found: dict[str, list[str]] = {}
     for name, row in runs.items():
         same = json.dumps({key: row[key] for key in row if key != "seed"}, sort_keys=True)

@@ -19,7 +19,8 @@ MODULES = {
     for path in sorted((PROJECT / folder).rglob("*.py"))
 }
 PREFOPT_MAY_IMPORT = {
-    "torch", "sympy", "numpy", "jaxtyping", "annotated_types", "safetensors", "scipy", "statsmodels",
+    "torch", "sympy", "numpy", "scipy", "statsmodels", "jaxtyping", "annotated_types",
+    "safetensors",
 }  # fmt: skip
 # The only files, or the only folder, that may import a vendor.
 HOMES = {

@@ -66,7 +66,9 @@ def compare(
                 f"comparison of '{first}' with '{second}': too few prompts with verdicts on both, "
                 f"got {ours.shape[1]}; two are needed"
             )
-        mean, low, high, error = map(float, difference_intervals(ours, theirs, level=level))
+        mean, low, high, error = (
+            float(x[0]) for x in difference_intervals(ours[None], theirs[None], level=level)
+        )
         if len(ours) == len(theirs) == 1:
             p = sign_flip(ours[0] - theirs[0], seed=(seed, number), num_flips=num_flips)
         else:
@@ -74,7 +76,7 @@ def compare(
         found.append((first, second, ours.shape[1], Estimate(mean, low, high, error), p))
     if not found:
         return []
-    corrected = multipletests([p for *_, p in found], method="holm")[1]
+    corrected = np.asarray(multipletests([p for *_, p in found], method="holm")[1])
     return [
         Comparison(
             value=difference.value,
@@ -95,15 +97,15 @@ def compare(
 
 
 def difference_intervals(
-    first: Float[np.ndarray, "*many _ prompts"],
-    second: Float[np.ndarray, "*many _ prompts"],
+    first: Float[np.ndarray, "many _ prompts"],
+    second: Float[np.ndarray, "many _ prompts"],
     *,
     level: float = 0.95,
 ) -> tuple[
-    Float[np.ndarray, "*many"],
-    Float[np.ndarray, "*many"],
-    Float[np.ndarray, "*many"],
-    Float[np.ndarray, "*many"],
+    Float[np.ndarray, " many"],
+    Float[np.ndarray, " many"],
+    Float[np.ndarray, " many"],
+    Float[np.ndarray, " many"],
 ]:
     """Difference of the means of points, first less second, low, high and standard error.
 
@@ -120,25 +122,26 @@ def difference_intervals(
 
 
 def _difference(
-    first: Float[np.ndarray, "*many _ prompts"], second: Float[np.ndarray, "*many _ prompts"]
+    first: Float[np.ndarray, "many _ prompts"], second: Float[np.ndarray, "many _ prompts"]
 ) -> tuple[
-    Float[np.ndarray, "*many"],
-    list[tuple[Float[np.ndarray, "*many"], int | Float[np.ndarray, "*many"]]],
+    Float[np.ndarray, " many"],
+    list[tuple[Float[np.ndarray, " many"], int | Float[np.ndarray, " many"]]],
 ]:
     """The difference of the means, and its variances with their degrees of freedom."""
     count = first.shape[-1]
     differences = first.mean(-2) - second.mean(-2)
     of_prompts = np.maximum(differences.var(-1, ddof=1) / count, 2 * 0.5**2 / count**2)
-    of_seeds, spread = np.zeros((2, *of_prompts.shape))
+    of_seeds, total, spread = np.zeros((3, *of_prompts.shape))
     for values in (first, second):
         degrees = values.shape[-2] - 1
         if degrees:
-            variance = np.maximum(variances_of_mean(values)[2], 0.0)
-            of_seeds = of_seeds + variance
-            spread = spread + variance**2 / degrees
+            variance = variances_of_mean(values)[2]
+            of_seeds += variance
+            total += np.maximum(variance, 0.0)
+            spread += np.maximum(variance, 0.0) ** 2 / degrees
     some = spread > 0
-    freedom = np.where(some, of_seeds**2 / np.where(some, spread, 1.0), 0.0)
-    return differences.mean(-1), [(of_prompts, count - 1), (of_seeds, freedom)]
+    freedom = np.where(some, total**2 / np.where(some, spread, 1.0), 0.0)
+    return differences.mean(-1), [(of_prompts, count - 1), (np.maximum(of_seeds, 0.0), freedom)]
 
 
 def sign_flip(
@@ -171,11 +174,11 @@ def _p_of_interval(
     first: Float[np.ndarray, "_ prompts"], second: Float[np.ndarray, "_ prompts"]
 ) -> float:
     """1 less the level whose interval just holds 0, by bisection."""
-    value, parts = _difference(first, second)
+    value, parts = _difference(first[None], second[None])
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        if squared_half_width(parts, middle) < value**2:
+        if squared_half_width(parts, middle)[0] < value[0] ** 2:
             low = middle
         else:
             high = middle

@@ -99,7 +99,7 @@ def win_rate(
             f"win rate: too few prompts with verdicts, got {table.shape[1]}; two are needed, of "
             "each training seed"
         )
-    mean, low, high, error = proportion_intervals(table, level=level)
+    mean, low, high, error = (x[0] for x in proportion_intervals(table[None], level=level))
     missing = np.isnan(points)
     worst, best = (cells(np.where(missing, fill, points), prompts, seeds) for fill in (0.0, 1.0))
     return WinRate(
@@ -120,12 +120,12 @@ def complete(table: Float[np.ndarray, "seeds prompts"]) -> Float[np.ndarray, "se
 
 
 def proportion_intervals(
-    values: Float[np.ndarray, "*many seeds prompts"], *, level: float = 0.95
+    values: Float[np.ndarray, "many seeds prompts"], *, level: float = 0.95
 ) -> tuple[
-    Float[np.ndarray, "*many"],
-    Float[np.ndarray, "*many"],
-    Float[np.ndarray, "*many"],
-    Float[np.ndarray, "*many"],
+    Float[np.ndarray, " many"],
+    Float[np.ndarray, " many"],
+    Float[np.ndarray, " many"],
+    Float[np.ndarray, " many"],
 ]:
     """Mean of values in [0, 1], low, high and standard error: Wilson's, on an effective sample.
 
@@ -157,9 +157,9 @@ def proportion_intervals(
 
 
 def squared_half_width(
-    parts: Sequence[tuple[Float[np.ndarray, "*many"], int | Float[np.ndarray, "*many"]]],
+    parts: Sequence[tuple[Float[np.ndarray, " many"], int | Float[np.ndarray, " many"]]],
     level: float,
-) -> Float[np.ndarray, "*many"]:
+) -> Float[np.ndarray, " many"]:
     """Of the interval of a sum of independent estimates.
 
     Args:
@@ -179,8 +179,8 @@ def squared_half_width(
 
 
 def variances_of_mean(
-    values: Float[np.ndarray, "*many seeds prompts"],
-) -> tuple[Float[np.ndarray, "*many"], Float[np.ndarray, "*many"], Float[np.ndarray, "*many"]]:
+    values: Float[np.ndarray, "many seeds prompts"],
+) -> tuple[Float[np.ndarray, " many"], Float[np.ndarray, " many"], Float[np.ndarray, " many"]]:
     """The mean, and the variances that drawn prompts and drawn training seeds give it.
 
     Prompts and seeds are crossed random effects. From mean squares of the two-way table: prompts
