@@ -31,9 +31,11 @@ import pyarrow.parquet as pq
 ROOT = Path("artefacts")
 CHECKED = ROOT / "checked.txt"
 PROMPTS = ROOT / "prompts.parquet"
+TEMPLATES = ROOT / "templates.json"
 CANDIDATES = ROOT / "candidates.parquet"
 COMPLETIONS = ROOT / "completions.parquet"
 PAIRS = ROOT / "pairs.parquet"
+REVISIONS = ROOT / "revisions.parquet"
 REFERENCE = ROOT / "reference.parquet"
 SFT = ROOT / "models" / "sft"
 SFT_CURVE = ROOT / "curves" / "sft.csv"
