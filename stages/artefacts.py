@@ -76,7 +76,7 @@ _TOKENS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 _NATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 PROMPTS_SCHEMA = _schema(
-    split=pa.string(),
+    split=pa.string(),  # train, validation, test, or shifted: of another distribution
     text=pa.string(),
     tokens=_TOKENS,
     gold=pa.string(),  # the data set's completion: SFT's target and an opponent
@@ -87,10 +87,18 @@ PROMPTS_SCHEMA = _schema(
 CANDIDATES_SCHEMA = _schema(prompt=pa.int64(), text=pa.string(), tokens=_TOKENS)
 COMPLETIONS_SCHEMA = _schema(prompt=_TOKENS, completion=_TOKENS)
 PAIRS_SCHEMA = _schema(chosen=pa.int64(), rejected=pa.int64(), preference=pa.float32())
+# Of a pair, row for row with `pairs`: its completions under the prompts that show one of them.
+REVISIONS_SCHEMA = _schema(
+    chosen_given_rejected=pa.int64(),
+    rejected_given_rejected=pa.int64(),
+    chosen_given_chosen=pa.int64(),
+    rejected_given_chosen=pa.int64(),
+)
 REFERENCE_SCHEMA = _schema(logps=_NATS)
 LOGRATIOS_SCHEMA = _schema(chosen=pa.float32(), rejected=pa.float32())
 SAMPLES_SCHEMA = _schema(
     prompt=pa.int64(),  # row of prompts
+    revision=pa.int8(),  # 0, or how often the policy has revised its completion
     seed=pa.int64(),
     temperature=pa.float32(),
     text=pa.string(),

@@ -1,11 +1,15 @@
 """Sample a policy's completions of the evaluation prompts: `python -m stages.complete RUN`.
 
 `sft` in the place of a run gives the reference's own, which are an opponent in every judgement.
-Log-probabilities under policy and reference go with each sample: they are taken at the sampling
-temperature 1, whatever temperature drew the tokens.
+With `revision.rounds`, the policy then revises what it wrote: y_k ~ pi(. | revision prompt of
+y_{k-1}), Choi et al. 2024 (arXiv:2406.01660).
+
+Log-probabilities under policy and reference go with each sample, given the prompt that it answers:
+they are taken at the sampling temperature 1, whatever temperature drew the tokens.
 """
 
 import argparse
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,6 +22,7 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
     SFT,
+    TEMPLATES,
     map_table,
     model_of,
     program,
@@ -27,6 +32,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.params import load_params
+from stages.templates import read_templates
 
 
 def main() -> None:
@@ -36,36 +42,54 @@ def main() -> None:
     params = load_params()
     compute, evaluation = params.compute, params.evaluation
     models.set_up(seed=compute.seed, num_threads=compute.num_threads)
-    relevant = {"compute": compute.model_dump(), "evaluation": evaluation.model_dump()}
+    relevant = {
+        "compute": compute.model_dump(),
+        "evaluation": evaluation.model_dump(),
+        "rounds": params.revision.rounds,
+    }
     with stage(
         f"complete@{name}",
-        inputs=[PROMPTS, SFT, model_of(name)],
+        inputs=[PROMPTS, TEMPLATES, SFT, model_of(name)],
         outputs=[samples_of(name)],
         params=relevant,
     ) as workspace:
         prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
-        numbers = rows_of_split(prompts, evaluation.split)
-        # The SFT policy draws from other random numbers than the runs, so that an unchanged
-        # policy meets an independent sample and not its own words.
-        stream = 1 if name == "sft" else 2
-        seeds = [(compute.seed * 1_000_003 + stream) * 1_000_003 + number for number in numbers]
+        numbers = [
+            *rows_of_split(prompts, evaluation.split),
+            *rows_of_split(prompts, "shifted"),
+        ]
         tokenizer = models.load_tokenizer(str(SFT))
         policy = models.load_policy(str(model_of(name)))
-        with tqdm(total=len(numbers), desc=name, unit="completion", mininterval=5) as bar:
-            tokens = sample(
-                policy,
-                [prompts["tokens"][number] for number in numbers],
-                seeds,
-                max_new_tokens=params.data.max_completion_tokens,
-                temperature=evaluation.temperature,
-                eos=models.eos(tokenizer),
-                batch_size=params.sample.batch_size,
-                progress=bar.update,
-            )
-        rows = [
-            Row(prompts["tokens"][number], completion)
-            for number, completion in zip(numbers, tokens, strict=True)
-        ]
+        columns: dict[str, list[Any]] = {field: [] for field in SAMPLES_SCHEMA.names}
+        rows: list[Row] = []
+        prompted = [prompts["tokens"][number] for number in numbers]
+        for revision in range(params.revision.rounds + 1):
+            if revision:
+                written = [row.completion for row in rows[-len(numbers) :]]
+                templates = read_templates()
+                prompted = [
+                    templates.revision_of(prompts["tokens"][number], completion)
+                    for number, completion in zip(numbers, written, strict=True)
+                ]
+            seeds = seeds_of(numbers, compute.seed, revision, of_sft=name == "sft")
+            with tqdm(total=len(numbers), desc=name, unit="completion", mininterval=5) as bar:
+                tokens = sample(
+                    policy,
+                    prompted,
+                    seeds,
+                    max_new_tokens=params.data.max_completion_tokens,
+                    temperature=evaluation.temperature,
+                    eos=models.eos(tokenizer),
+                    batch_size=params.sample.batch_size,
+                    progress=bar.update,
+                )
+            rows += map(Row, prompted, tokens)
+            columns["prompt"] += numbers
+            columns["revision"] += [revision] * len(numbers)
+            columns["seed"] += seeds
+        columns["temperature"] = [evaluation.temperature] * len(rows)
+        columns["tokens"] = [row.completion for row in rows]
+        columns["text"] = tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)
 
         def logps(model: models.PreTrainedModel) -> list[float]:
             with tqdm(total=len(rows), desc="score", unit="completion", mininterval=5) as bar:
@@ -78,17 +102,19 @@ def main() -> None:
                 )
             return [sum(logps) for logps in scored]
 
-        logp = logps(policy)
-        columns = {
-            "prompt": numbers,
-            "seed": seeds,
-            "temperature": [evaluation.temperature] * len(rows),
-            "text": tokenizer.batch_decode(tokens, skip_special_tokens=True),
-            "tokens": tokens,
-            "logp": logp,
-            "reference_logp": logp if name == "sft" else logps(models.load_policy(str(SFT))),
-        }
+        logp = columns["logp"] = logps(policy)
+        is_sft = name == "sft"
+        columns["reference_logp"] = logp if is_sft else logps(models.load_policy(str(SFT)))
         write_table(workspace.partial(samples_of(name)), columns, SAMPLES_SCHEMA)
+
+
+def seeds_of(numbers: list[int], seed: int, revision: int, *, of_sft: bool) -> list[int]:
+    """One a prompt; the SFT policy draws from other random numbers than the runs do.
+
+    So an unchanged policy meets an independent sample and not its own words.
+    """
+    stream = 2 * revision + (1 if of_sft else 2)
+    return [(seed * 1_000_003 + stream) * 1_000_003 + number for number in numbers]
 
 
 if __name__ == "__main__":

@@ -54,6 +54,15 @@ class Data(Strict):
     num_train: Count | None
     num_validation: Count
     num_test: Count
+    chat: bool
+    shifted: str
+    num_shifted: Annotated[StrictInt, Field(ge=0)]
+
+
+class Revision(Strict):
+    template: str
+    train: bool
+    rounds: Annotated[StrictInt, Field(ge=0, le=100)]
 
 
 class Lora(Strict):
@@ -123,6 +132,7 @@ class Params(Strict):
     sft: Optimiser
     sample: Sample
     label: Label
+    revision: Revision
     train: Optimiser
     runs: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     evaluation: Evaluation

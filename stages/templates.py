@@ -104,7 +104,7 @@ def read_text(path: Path) -> str:
     """
     if not path.is_file():
         raise ValueError(
-            f"data.revision_template: no such file, got '{path}'; name a text with the fields "
+            f"revision.template: no such file, got '{path}'; name a text with the fields "
             "{prompt} and {completion}, as recipes/templates/revision.txt is"
         )
     text = path.read_text(encoding="utf-8").removesuffix("\n")

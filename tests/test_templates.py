@@ -96,5 +96,5 @@ def test_a_revision_prompt_without_its_fields_is_refused(
 
 
 def test_a_missing_file_is_refused_by_its_parameter(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.revision_template: no such file, got .*nothing"):
+    with pytest.raises(ValueError, match=r"revision.template: no such file, got .*nothing"):
         read_text(tmp_path / "nothing.txt")
