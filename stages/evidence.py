@@ -16,6 +16,7 @@ from torch import Tensor
 from prefopt.batches import (
     Labelled,
     Pairs,
+    Revisions,
     Scored,
     SequentialPairs,
     SharedPairs,
@@ -35,6 +36,8 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
+    REVISIONS,
+    REVISIONS_SCHEMA,
     SFT,
     map_table,
 )
@@ -65,6 +68,7 @@ class Evidence:
         completions = map_table(COMPLETIONS, COMPLETIONS_SCHEMA)
         self.rows = Rows(completions["prompt"], completions["completion"])
         self.pairs = map_table(PAIRS, PAIRS_SCHEMA)
+        self.revisions = map_table(REVISIONS, REVISIONS_SCHEMA)
         self.reference = map_table(REFERENCE, REFERENCE_SCHEMA)["logps"]
         if len(self.reference) != len(self.rows):
             raise ValueError(
@@ -76,13 +80,21 @@ class Evidence:
         """Rows of the chosen completions of the pairs, then of the rejected ones."""
         return [self.pairs[side][pair] for side in ("chosen", "rejected") for pair in pairs]
 
-    def rows_of(self, pair: int) -> list[Row]:
-        """Both completions of a pair."""
-        return [self.rows[row] for row in self.sides([pair])]
+    def numbers(self, kind: str, pairs: Sequence[int]) -> list[int]:
+        """Rows that a batch of type `kind` scores: one column of the pairs after the other."""
+        if kind != "Revisions":
+            return self.sides(pairs)
+        return self.sides(pairs) + [
+            self.revisions[side][pair] for side in REVISIONS_SCHEMA.names for pair in pairs
+        ]
 
-    def num_tokens(self, pairs: Sequence[int]) -> int:
-        """Tokens of both sides of the pairs, prompts included, padding excluded."""
-        return sum(len(self.rows[row]) for row in self.sides(pairs))
+    def rows_of(self, kind: str, pair: int) -> list[Row]:
+        """What a pair adds to a micro-batch of batches of type `kind`."""
+        return [self.rows[row] for row in self.numbers(kind, [pair])]
+
+    def num_tokens(self, kind: str, pairs: Sequence[int]) -> int:
+        """Tokens of the rows of the pairs, prompts included, padding excluded."""
+        return sum(len(self.rows[row]) for row in self.numbers(kind, pairs))
 
     def num_chosen_tokens(self, pairs: Sequence[int]) -> int:
         """Completion tokens of the chosen sides."""
@@ -137,24 +149,37 @@ class Evidence:
             logps: of their chosen, then of their rejected completions, token by token.
             tokens: only so many tokens of each completion, in the same order.
         """
-        rows = self.sides(pairs)
+        chosen, rejected = self.scored(self.sides(pairs), logps, 2, tokens)
+        preference = [self.pairs["preference"][pair] for pair in pairs]
+        return Pairs(chosen, rejected, torch.tensor(preference, device=logps[0].device))
+
+    def scored(
+        self,
+        rows: Sequence[int],
+        logps: Logps,
+        num_columns: int,
+        tokens: Sequence[int] | None = None,
+    ) -> list[Scored]:
+        """Summed log-probabilities of rows beside their reference's, cut into equal columns.
+
+        Args:
+            rows: of `completions`.
+            logps: theirs, token by token.
+            num_columns: how many.
+            tokens: only so many tokens of each completion.
+        """
         tokens = [len(logp) for logp in logps] if tokens is None else tokens
         sums = [logp[:count].sum() for logp, count in zip(logps, tokens, strict=True)]
         reference = [
             sum(self.reference[row][:count]) for row, count in zip(rows, tokens, strict=True)
         ]
-        scored = Scored(
+        whole = Scored(
             logp=torch.stack(sums),
             reference_logp=torch.tensor(reference, device=logps[0].device),
             tokens=torch.tensor(tokens, device=logps[0].device),
         )
-        preference = [self.pairs["preference"][pair] for pair in pairs]
-        half = len(pairs)
-        return Pairs(
-            chosen=_cut(scored, slice(half)),
-            rejected=_cut(scored, slice(half, None)),
-            preference=torch.tensor(preference, device=logps[0].device),
-        )
+        length = len(rows) // num_columns
+        return [_cut(whole, slice(start, start + length)) for start in range(0, len(rows), length)]
 
 
 def _cut(scored: Scored, part: slice) -> Scored:
@@ -249,6 +274,15 @@ def _labelled(
     )
 
 
+def _revisions(
+    evidence: Evidence, pairs: Sequence[int], step: Sequence[int], models: Models
+) -> Revisions:
+    numbers = evidence.numbers("Revisions", pairs)
+    rows = [evidence.rows[row] for row in numbers]
+    logps = token_logps(models.policy, rows, compute_dtype=models.compute_dtype)
+    return Revisions(*evidence.scored(numbers, logps, 2 + len(REVISIONS_SCHEMA)))
+
+
 Assembler = Callable[[Evidence, Sequence[int], Sequence[int], Models], Any]
 ASSEMBLE: dict[str, Assembler] = {
     "Pairs": _pairs,
@@ -256,6 +290,7 @@ ASSEMBLE: dict[str, Assembler] = {
     "WeightedPairs": _weighted_pairs,
     "SequentialPairs": _sequential_pairs,
     "Labelled": _labelled,
+    "Revisions": _revisions,
 }
 
 
@@ -273,5 +308,7 @@ def pairs_within(batch: Any) -> Pairs:
                 rejected=_cut(completions, slice(half, None)),
                 preference=torch.ones_like(completions.logp[:half]),
             )
+        case Revisions(chosen=chosen, rejected=rejected):
+            return Pairs(chosen, rejected, torch.ones_like(chosen.logp))
         case _:
             raise TypeError(f"no pairs in a {type(batch).__name__}")

@@ -21,6 +21,9 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    REVISIONS,
+    REVISIONS_SCHEMA,
+    TEMPLATES,
     Column,
     TableWriter,
     blocks,
@@ -29,6 +32,7 @@ from stages.artefacts import (
     stage,
 )
 from stages.params import Label, load_params
+from stages.templates import Templates, read_templates
 
 Table = Mapping[str, Column] | Mapping[str, Sequence[Any]]
 
@@ -46,19 +50,57 @@ class Pair:
 
 @dataclass(frozen=True)
 class Written:
-    """A pair as it is written: two rows of `completions`, `chosen` the place of the chosen one."""
+    """A pair as it is written.
+
+    Args:
+        prompt: token ids.
+        completions: two, in the order of their rows in `completions`.
+        chosen: 0 or 1, the place of the chosen one.
+        preference: P(chosen > rejected).
+    """
 
     prompt: list[int]
     completions: tuple[list[int], list[int]]
     chosen: int
     preference: float
 
+    def rows(self, templates: Templates | None) -> list[tuple[list[int], list[int]]]:
+        """The pair's rows of `completions`, prompt and completion.
+
+        Both completions of the prompt; with templates also both of the prompt that shows the
+        first, and both of the one that shows the second.
+        """
+        prompts = [self.prompt]
+        if templates is not None:
+            prompts += [templates.revision_of(self.prompt, shown) for shown in self.completions]
+        return [(prompt, tokens) for prompt in prompts for tokens in self.completions]
+
+    def pointers(self, first: int) -> dict[str, int]:
+        """Rows of both sides, the pair's first row being `first`."""
+        return {"chosen": first + self.chosen, "rejected": first + 1 - self.chosen}
+
+    def revision_pointers(self, first: int) -> dict[str, int]:
+        """Rows of both sides under the prompts that show the rejected, and the chosen one."""
+        shown = {"rejected": 1 - self.chosen, "chosen": self.chosen}
+        return {
+            f"{side}_given_{other}": row + 2 + 2 * place
+            for other, place in shown.items()
+            for side, row in self.pointers(first).items()
+        }
+
 
 def main() -> None:
     params = load_params()
-    relevant = {"label": params.label.model_dump(), "seed": params.compute.seed}
+    relevant = {
+        "label": params.label.model_dump(),
+        "revision": params.revision.train,
+        "seed": params.compute.seed,
+    }
     with stage(
-        "label", inputs=[PROMPTS, CANDIDATES], outputs=[COMPLETIONS, PAIRS], params=relevant
+        "label",
+        inputs=[PROMPTS, TEMPLATES, CANDIDATES],
+        outputs=[COMPLETIONS, PAIRS, REVISIONS],
+        params=relevant,
     ) as workspace:
         prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
         candidates = map_table(CANDIDATES, CANDIDATES_SCHEMA)
@@ -67,34 +109,40 @@ def main() -> None:
         else:
             pairs = judged(prompts, candidates, params.label, params.compute.seed)
             found = written(prompts, candidates, pairs)
-        num_pairs = 0
+        templates = read_templates() if params.revision.train else None
+        num_rows = 0
         with (
             TableWriter(workspace.partial(COMPLETIONS), COMPLETIONS_SCHEMA) as completions_table,
             TableWriter(workspace.partial(PAIRS), PAIRS_SCHEMA) as pairs_table,
+            TableWriter(workspace.partial(REVISIONS), REVISIONS_SCHEMA) as revisions_table,
         ):
             for block in blocks(found, BLOCK):
-                completions_table.extend(
-                    {
-                        "prompt": [pair.prompt for pair in block for _ in pair.completions],
-                        "completion": [tokens for pair in block for tokens in pair.completions],
-                    }
-                )
-                firsts = range(2 * num_pairs, 2 * (num_pairs + len(block)), 2)
-                placed = list(zip(firsts, block, strict=True))
+                rows = [pair.rows(templates) for pair in block]
+                firsts = list(itertools.accumulate(map(len, rows), initial=num_rows))
+                num_rows = firsts.pop()
+                prompted, completed = zip(*itertools.chain(*rows), strict=True)
+                completions_table.extend({"prompt": prompted, "completion": completed})
+                placed = list(zip(block, firsts, strict=True))
                 pairs_table.extend(
                     {
-                        "chosen": [first + pair.chosen for first, pair in placed],
-                        "rejected": [first + 1 - pair.chosen for first, pair in placed],
+                        **columns([pair.pointers(first) for pair, first in placed]),
                         "preference": [pair.preference for pair in block],
                     }
                 )
-                num_pairs += len(block)
-        if not num_pairs:
+                if templates is not None:
+                    revisions_table.extend(
+                        columns([pair.revision_pointers(first) for pair, first in placed])
+                    )
+        if not num_rows:
             raise ValueError(
                 f"label: no pair was found, got {len(prompts['text'])} prompts and "
                 f"{len(candidates['text'])} candidates; method 'given' needs data with chosen and "
                 "rejected, the others need candidates whose rewards differ"
             )
+
+
+def columns(rows: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def given(prompts: Table) -> Iterator[Written]:

@@ -5,7 +5,7 @@ evaluation's word trigrams are kept, so memory does not grow with the training d
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 THRESHOLD = 0.7  # of two texts' word trigrams, shared over all
@@ -49,13 +49,15 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
     return {words[i : i + 3] for i in range(max(1, len(words) - 2))}
 
 
-def refuse(found: Iterable[Leak], training: list[str], evaluation: list[str]) -> None:
+def refuse(
+    found: Iterable[Leak], training: Callable[[int], str], evaluation: Callable[[int], str]
+) -> None:
     """Refuse data that leak.
 
     Args:
         found: leaks.
-        training: where each training text stands, file and line.
-        evaluation: where each evaluation text stands.
+        training: where a training text stands, file and line.
+        evaluation: where an evaluation text stands.
 
     Raises:
         ValueError: naming the rows, the first of them.
@@ -64,7 +66,7 @@ def refuse(found: Iterable[Leak], training: list[str], evaluation: list[str]) ->
     if not leaked:
         return
     shown = "; ".join(
-        f"{training[leak.training]} and {evaluation[leak.evaluation]} ({leak.similarity:.0%})"
+        f"{training(leak.training)} and {evaluation(leak.evaluation)} ({leak.similarity:.0%})"
         for leak in leaked[:NUM_SHOWN]
     )
     more = f" and {len(leaked) - NUM_SHOWN} more" if len(leaked) > NUM_SHOWN else ""

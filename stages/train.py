@@ -1,6 +1,7 @@
 """Train one run on its pairs: `python -m stages.train RUN`."""
 
 import argparse
+import functools
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from stages.artefacts import (
     PAIRS,
     PROMPTS,
     REFERENCE,
+    REVISIONS,
     SFT,
     TableWriter,
     blocks,
@@ -58,7 +60,7 @@ def main() -> None:
         "train": run.optimiser.model_dump(),
         "run": params.runs[name],
     }
-    datasets = [path for path in (PROMPTS, COMPLETIONS, PAIRS) if path.exists()]
+    datasets = [path for path in (PROMPTS, COMPLETIONS, PAIRS, REVISIONS) if path.exists()]
     with (
         # Outermost, so that a training whose outputs are refused in the end is no FINISHED one.
         track(
@@ -69,7 +71,7 @@ def main() -> None:
         ) as journal,
         stage(
             f"train@{name}",
-            inputs=[PROMPTS, COMPLETIONS, PAIRS, REFERENCE, SFT],
+            inputs=[PROMPTS, COMPLETIONS, PAIRS, REVISIONS, REFERENCE, SFT],
             outputs=[model_of(name), curve_of(name), logratios_of(name)],
             params=relevant,
         ) as workspace,
@@ -88,7 +90,7 @@ def main() -> None:
             run.optimiser.num_epochs,
             compute.seed,
         )
-        tokens_before = TokensBefore(evidence, steps)
+        tokens_before = TokensBefore(evidence, run.loss.evidence, steps)
         with naming_the_pairs_of(steps):
             train(
                 policy,
@@ -128,8 +130,8 @@ def main() -> None:
 class TokensBefore:
     """Tokens of all steps before one. Steps are asked for in their order, so each counts once."""
 
-    def __init__(self, evidence: Evidence, steps: Steps) -> None:
-        self._counts = map(evidence.num_tokens, steps)
+    def __init__(self, evidence: Evidence, kind: str, steps: Steps) -> None:
+        self._counts = (evidence.num_tokens(kind, step) for step in steps)
         self._step = self._tokens = 0
 
     def __call__(self, step: int) -> int:
@@ -163,9 +165,11 @@ def objective(
     The chosen completions' NLL has the step's own normaliser, its chosen tokens. `num_tokens`
     counts from the training's start, as TRL's does: `tokens_before` before this step.
     """
+    kind = run.loss.evidence
     chosen_tokens = evidence.num_chosen_tokens(pairs)
-    for cut in batches(pair.policy, pairs, evidence.rows_of, token_budget):
-        batch = evidence.batch(run.loss.evidence, cut, pairs, pair)
+    rows_of = functools.partial(evidence.rows_of, kind)
+    for cut in batches(pair.policy, pairs, rows_of, token_budget):
+        batch = evidence.batch(kind, cut, pairs, pair)
         losses = run.loss.function(batch, **run.hyperparameters)
         if step == 0:
             check_step_0(batch, losses.detach(), run, pair.compute_dtype)
@@ -176,7 +180,7 @@ def objective(
             likelihood = nll(pairs_within(batch).chosen, chosen_tokens)
             metrics["nll"] = likelihood.item()
             loss = loss + run.sft_weight * likelihood
-        metrics["num_tokens"] = tokens_before + evidence.num_tokens(cut)
+        metrics["num_tokens"] = tokens_before + evidence.num_tokens(kind, cut)
         tokens_before = 0
         yield loss, metrics
 

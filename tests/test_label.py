@@ -1,5 +1,6 @@
 """Laws of labelling: which candidates become a pair, and with what preference."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -18,10 +19,14 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    REVISIONS,
+    REVISIONS_SCHEMA,
+    TEMPLATES,
     read_table,
     write_table,
 )
 from stages.params import Label
+from stages.templates import Template, Templates, write_templates
 
 TEXTS = [
     " a great and wonderful film",
@@ -125,8 +130,49 @@ def test_the_earlier_candidate_is_written_first() -> None:
     ]
 
 
+PAIR = label.Written([0, 5], ([6, 1], [7, 8]), chosen=1, preference=1.0)
+TEMPLATES_OF_TEST = Templates(
+    Template([[0], "prompt", []]), Template([[0], "completion", [9], "prompt"]), eos=1
+)
+
+
+def test_a_pair_has_its_two_rows_and_with_templates_six() -> None:
+    plain = [([0, 5], [6, 1]), ([0, 5], [7, 8])]
+    assert PAIR.rows(None) == plain
+    assert PAIR.rows(TEMPLATES_OF_TEST) == [
+        *plain,
+        ([0, 6, 9, 5], [6, 1]),
+        ([0, 6, 9, 5], [7, 8]),
+        ([0, 7, 8, 9, 5], [6, 1]),
+        ([0, 7, 8, 9, 5], [7, 8]),
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_pointers_find_each_side_under_each_prompt(place: int) -> None:
+    pair = dataclasses.replace(PAIR, chosen=place)
+    rows = [None] * 100 + pair.rows(TEMPLATES_OF_TEST)
+    chosen, rejected = pair.completions[place], pair.completions[1 - place]
+    found = {
+        name: rows[row]
+        for name, row in {**pair.pointers(100), **pair.revision_pointers(100)}.items()
+    }
+    after_chosen, after_rejected = (
+        TEMPLATES_OF_TEST.revision_of(pair.prompt, shown) for shown in (chosen, rejected)
+    )
+    assert found == {
+        "chosen": (pair.prompt, chosen),
+        "rejected": (pair.prompt, rejected),
+        "chosen_given_rejected": (after_rejected, chosen),
+        "rejected_given_rejected": (after_rejected, rejected),
+        "chosen_given_chosen": (after_chosen, chosen),
+        "rejected_given_chosen": (after_chosen, rejected),
+    }
+
+
 def write_inputs(groups: list[list[str]]) -> None:
     PROMPTS.parent.mkdir()
+    write_templates(TEMPLATES, TEMPLATES_OF_TEST)
     write_table(PROMPTS, prompts_of(len(groups)), PROMPTS_SCHEMA)
     write_table(CANDIDATES, candidates_of(groups), CANDIDATES_SCHEMA)
 
@@ -148,6 +194,24 @@ def test_pairs_point_at_rows_of_completions(
     assert found == [(TEXTS[0], TEXTS[2]), (TEXTS[2], TEXTS[4]), (TEXTS[0], TEXTS[1])]
     assert [completions["prompt"][w] for w in pairs["chosen"]] == [[0, 0], [0, 1], [0, 2]]
     assert pairs["chosen"] == [0, 2, 5]
+    assert read_table(REVISIONS, REVISIONS_SCHEMA)["chosen_given_chosen"] == []
+
+
+def test_pairs_under_revision_prompts_are_written_where_they_are_wanted(
+    workplace: Path, write_params: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(**{"revision.train": True})
+    monkeypatch.setattr(label, "BLOCK", 2)
+    write_inputs([TEXTS[:3], TEXTS[2:], TEXTS[:2][::-1]])
+    label.main()
+    completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
+    pairs, revisions = read_table(PAIRS, PAIRS_SCHEMA), read_table(REVISIONS, REVISIONS_SCHEMA)
+    assert len(completions["prompt"]) == 6 * len(pairs["chosen"]) == 18
+    for number in range(3):
+        shown = completions["completion"][pairs["rejected"][number]]
+        row = revisions["chosen_given_rejected"][number]
+        assert completions["completion"][row] == completions["completion"][pairs["chosen"][number]]
+        assert completions["prompt"][row] == [0, *shown, 9, number]
 
 
 @pytest.mark.parametrize("method", ["best_against_worst", "given"])

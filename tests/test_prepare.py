@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer, llama, write_jsonl
+from conftest import PROJECT, byte_tokenizer, llama, write_jsonl
 
 from stages import models, prepare
 from stages.artefacts import CHECKED, PROMPTS, PROMPTS_SCHEMA, read_table
@@ -34,6 +34,7 @@ def prepared(base: Path, write_params: Write) -> Callable[..., dict[str, list[An
             write_jsonl(Path("data.jsonl"), rows)
         defaults = {
             "data.source": "data.jsonl",
+            "revision.template": str(PROJECT / "recipes/templates/revision.txt"),
             "data.num_train": None,
             "data.num_validation": 3,
             "data.num_test": 4,

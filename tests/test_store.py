@@ -22,6 +22,8 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
+    REVISIONS,
+    REVISIONS_SCHEMA,
     SFT,
     digest,
     read_table,
@@ -249,6 +251,7 @@ def evidence(sft: None) -> tuple[Evidence, Models]:
     reference.main()
     pairs = {"chosen": [0, 2], "rejected": [1, 3], "preference": [1.0, 1.0]}
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
+    write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     return Evidence(), Models(load_policy(str(SFT)), None, torch.float32)
 
 

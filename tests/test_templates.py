@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 
-from stages.templates import Templates, read_templates, read_text, tokenised, write_templates
+from stages.templates import (
+    Templates,
+    read_templates,
+    read_text,
+    tokenised_template,
+    write_templates,
+)
 
 CHAT = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"
@@ -24,8 +30,8 @@ def tokenizer() -> Any:
 
 def templates_of(tokenizer: Any, *, chat: bool) -> Templates:
     return Templates(
-        tokenised("{prompt}", tokenizer, bos=0, chat=chat),
-        tokenised(REVISION, tokenizer, bos=0, chat=chat),
+        tokenised_template("{prompt}", tokenizer, bos=0, chat=chat),
+        tokenised_template(REVISION, tokenizer, bos=0, chat=chat),
         eos=1,
     )
 

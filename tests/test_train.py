@@ -20,7 +20,7 @@ from prefopt.losses.formulas import value as formula
 from prefopt.packing import Row, Steps
 from prefopt.proofs import Case, batch_of, cases
 from prefopt.scoring import token_logps
-from stages import params, train
+from stages import label, params, train
 from stages.artefacts import (
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
@@ -28,10 +28,13 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
+    REVISIONS,
+    REVISIONS_SCHEMA,
     write_table,
 )
 from stages.evidence import Evidence, Models
 from stages.runs import TRAINABLE, Run
+from stages.templates import Template, Templates
 
 load_params = functools.partial(params.load_params, PROJECT / "params.yaml")
 
@@ -44,6 +47,7 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
     pairs = {"chosen": [2, 0], "rejected": [1, 1], "preference": [1.0, 0.75]}
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
+    write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     reference = {"logps": [[-1.0], [-1.0, -2.0], [-1.0, -2.0, -4.0]]}
     write_table(REFERENCE, reference, REFERENCE_SCHEMA)
     return Evidence()
@@ -68,16 +72,18 @@ def test_a_batch_holds_the_rows_that_its_pairs_point_at(evidence: Evidence) -> N
 def test_tokens_are_counted_with_their_prompts_and_without_padding(
     evidence: Evidence,
 ) -> None:
-    assert evidence.num_tokens([0]) == (2 + 3) + (1 + 2)
-    assert evidence.num_tokens([0, 1]) == evidence.num_tokens([0]) + (1 + 1) + (1 + 2)
+    first = (2 + 3) + (1 + 2)
+    assert evidence.num_tokens("Pairs", [0]) == first
+    assert evidence.num_tokens("Pairs", [0, 1]) == first + (1 + 1) + (1 + 2)
 
 
 def test_tokens_before_a_step_are_those_of_all_earlier_ones(evidence: Evidence) -> None:
     steps = Steps(num_rows=2, batch_size=1, num_epochs=2, seed=0)
-    before = train.TokensBefore(evidence, steps)
-    resumed = train.TokensBefore(evidence, steps)
+    before = train.TokensBefore(evidence, "Pairs", steps)
+    resumed = train.TokensBefore(evidence, "Pairs", steps)
     assert [before(step) for step in range(4)] == [
-        sum(map(evidence.num_tokens, list(steps)[:step])) for step in range(4)
+        sum(evidence.num_tokens("Pairs", pairs) for pairs in list(steps)[:step])
+        for step in range(4)
     ]
     assert resumed(3) == before(3) > 0
 
@@ -87,6 +93,10 @@ def test_a_reference_of_other_rows_is_refused(evidence: Evidence) -> None:
     with pytest.raises(ValueError, match=r"not row for row with .*, got 1 rows for 3"):
         Evidence()
 
+
+REVISING = Templates(
+    Template([[], "prompt", []]), Template([[], "prompt", "completion", [9], "prompt"]), eos=1
+)
 
 TRAINED = [
     case for loss in LOSSES.values() if loss.evidence in TRAINABLE for case in cases(loss)[:1]
@@ -111,19 +121,20 @@ def real(
     def tokens(least: int, most: int) -> list[int]:
         return [generator.randrange(3, 259) for _ in range(generator.randint(least, most))]
 
-    prompts = [tokens(2, 5) for _ in range(6)]
-    rows = [Row(prompts[i // 2], tokens(1, 9)) for i in range(12)]
+    pairs = [
+        label.Written(tokens(2, 5), (tokens(1, 9), tokens(1, 9)), number % 2, 0.9)
+        for number in range(6)
+    ]
+    rows = [Row(*row) for pair in pairs for row in pair.rows(REVISING)]
     completions = {
         "prompt": [row.prompt for row in rows],
         "completion": [row.completion for row in rows],
     }
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
-    pairs = {
-        "chosen": list(range(0, 12, 2)),
-        "rejected": list(range(1, 12, 2)),
-        "preference": [0.9] * 6,
-    }
-    write_table(PAIRS, pairs, PAIRS_SCHEMA)
+    sides = label.columns([pair.pointers(6 * i) for i, pair in enumerate(pairs)])
+    write_table(PAIRS, {**sides, "preference": [0.9] * 6}, PAIRS_SCHEMA)
+    revisions = label.columns([pair.revision_pointers(6 * i) for i, pair in enumerate(pairs)])
+    write_table(REVISIONS, revisions, REVISIONS_SCHEMA)
     with torch.no_grad():
         logps = [logp.tolist() for logp in token_logps(policy, rows)]
     write_table(REFERENCE, {"logps": logps}, REFERENCE_SCHEMA)
@@ -170,6 +181,33 @@ def test_a_loss_trains_from_pairs_and_starts_where_its_row_says(
         assert metrics["loss"] == pytest.approx(declared.mean().item(), rel=1e-5)
     assert gradient.isfinite().all()
     assert gradient.norm() > 1e-6
+
+
+def test_revisions_are_a_pairs_sides_under_the_prompts_that_show_them(
+    real: tuple[Evidence, Models],
+) -> None:
+    evidence, models = real
+    moved(models.policy)
+    batch = evidence.batch("Revisions", [1, 4], range(6), models)
+    for place, pair in enumerate([1, 4]):
+        chosen, rejected = (evidence.rows[row] for row in evidence.sides([pair]))
+        prompt = chosen.prompt
+        for name, shown, written in (
+            ("chosen", None, chosen),
+            ("rejected", None, rejected),
+            ("chosen_given_rejected", rejected, chosen),
+            ("rejected_given_rejected", rejected, rejected),
+            ("chosen_given_chosen", chosen, chosen),
+            ("rejected_given_chosen", chosen, rejected),
+        ):
+            given = prompt if shown is None else [*prompt, *shown.completion, 9, *prompt]
+            row = Row(given, written.completion)
+            (logps,) = token_logps(models.policy, [row])
+            (reference,) = token_logps(models.reference, [row])
+            scored = getattr(batch, name)
+            assert scored.logp[place].item() == pytest.approx(logps.sum().item(), abs=1e-4)
+            found = scored.reference_logp[place].item()
+            assert found == pytest.approx(reference.sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("case", [case for case in TRAINED if not case.loss.couples], ids=str)
@@ -231,7 +269,7 @@ def test_shared_pairs_are_cut_to_the_shorter_side(real: tuple[Evidence, Models])
     evidence, models = real
     batch = evidence.batch("SharedPairs", range(6), range(6), models)
     for pair in range(6):
-        chosen, rejected = evidence.rows[2 * pair], evidence.rows[2 * pair + 1]
+        chosen, rejected = evidence.rows_of("Pairs", pair)
         shorter = min(len(chosen.completion), len(rejected.completion))
         (logps,) = token_logps(models.policy, [chosen])
         assert batch.shared.chosen.logp[pair].item() == pytest.approx(
@@ -249,8 +287,8 @@ def test_weights_are_the_likelihood_of_a_pair_against_the_policys_own_draws(
     assert not batch.weight.requires_grad
     for pair in range(6):
         product = 1.0
-        for row in (2 * pair, 2 * pair + 1):
-            prompt, completion = evidence.rows[row].prompt, evidence.rows[row].completion
+        for row in evidence.rows_of("Pairs", pair):
+            prompt, completion = row.prompt, row.completion
             logits = models.policy(torch.tensor([[*prompt, *completion]])).logits[0]
             probabilities = logits.softmax(-1)[len(prompt) - 1 : -1]
             relative = [
@@ -314,8 +352,14 @@ def test_mismatched_completions_are_those_of_the_next_pair(real: tuple[Evidence,
     batch = evidence.batch("Labelled", [1, 2], [0, 2, 1, 3], models)
     assert batch.desirable.tolist() == [True, True, False, False]
     # In the step, pair 3 comes after pair 1, and pair 1 after pair 2.
-    expected = [Row(evidence.rows[a].prompt, evidence.rows[b].completion) for a, b in
-                ((2, 6), (4, 2), (3, 7), (5, 3))]  # fmt: skip
+    expected = [
+        Row(
+            evidence.rows_of("Pairs", pair)[side].prompt,
+            evidence.rows_of("Pairs", other)[side].completion,
+        )
+        for side in (0, 1)
+        for pair, other in ((1, 3), (2, 1))
+    ]
     logps = [logp.sum().item() for logp in token_logps(models.policy, expected)]
     assert batch.mismatched.logp.tolist() == pytest.approx(logps, rel=1e-5)
     assert not batch.mismatched.logp.requires_grad

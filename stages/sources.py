@@ -1,0 +1,114 @@
+"""Data sets: where texts come from, each with its file and line.
+
+A data set is JSON lines, `{"prompt": ..., "completion": ...}` or `{"prompt": ..., "chosen": ...,
+"rejected": ...}`, or a card: a JSON file that names a table of sentences inside an installed Python
+package, by its digest.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Text:
+    """One row of a data set.
+
+    Args:
+        where: its file and line.
+        prompt: what comes before the completion.
+        completion: the data's own; where it has pairs, the chosen one.
+        rejected: empty without pairs.
+        shifted: whether it is of the evaluation's other distribution.
+    """
+
+    where: str
+    prompt: str
+    completion: str
+    rejected: str = ""
+    shifted: bool = False
+
+
+def read_texts(path: Path, prompt_words: int) -> Iterator[Text]:
+    """The rows of a data set.
+
+    Args:
+        path: of JSON lines, plain or gzipped, or of a card.
+        prompt_words: a sentence's opening words are its prompt.
+    """
+    if path.suffix == ".json":
+        yield from read_sentences(path, prompt_words)
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            yield parse(line, f"{path}:{number}")
+
+
+def read_sentences(card: Path, prompt_words: int) -> Iterator[Text]:
+    """The sentences that a card names: the opening words are the prompt, the rest the completion.
+
+    Sentences of fewer than twice those words are left out.
+
+    Raises:
+        ValueError: if the package is missing, or its file is another than the card says.
+    """
+    named = json.loads(card.read_text())
+    spec = importlib.util.find_spec(named["package"])
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{card}: its sentences ship in the package {named['package']}, got no such package; "
+            "run `make repro`, which installs it"
+        )
+    path = Path(spec.submodule_search_locations[0]) / named["file"]
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != named["sha256"]:
+        raise ValueError(
+            f"{card}: {path.name} has other bytes than the card says, got SHA-256 "
+            f"{hashlib.sha256(content).hexdigest()}; install the package of requirements.lock"
+        )
+    head, *lines = content.decode("utf-8").splitlines()
+    column = head.split("\t").index(named["column"])
+    for number, line in enumerate(lines, start=2):
+        text = line.split("\t")[column].replace("''", '"').strip()
+        words = text.split(" ")
+        # A prompt and at least as many words to predict.
+        if len(words) >= 2 * prompt_words:
+            prompt = " ".join(words[:prompt_words])
+            yield Text(f"{path.name}:{number}", prompt, text.removeprefix(prompt))
+
+
+def parse(line: str, where: str) -> Text:
+    """One line of a data file.
+
+    Raises:
+        ValueError: if it is not JSON, lacks a field, or a field cannot be used.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON, got {line[:60]!r} ({error}); mend the line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a JSON object, got {line[:60]!r}; mend the line")
+    names = {"prompt", "completion"} if "completion" in row else {"prompt", "chosen", "rejected"}
+    if set(row) != names:
+        raise ValueError(
+            f"{where}: other fields than expected, got {sorted(row)}; "
+            "give prompt and completion, or prompt, chosen and rejected"
+        )
+    for name in sorted(names):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(
+                f"{where}: empty {name}, got {row[name]!r}; give text or drop the line"
+            )
+    if "completion" in row:
+        return Text(where, row["prompt"], row["completion"])
+    if row["chosen"] == row["rejected"]:
+        raise ValueError(
+            f"{where}: chosen and rejected are identical, got {row['chosen'][:60]!r}; drop the line"
+        )
+    return Text(where, row["prompt"], row["chosen"], row["rejected"])
