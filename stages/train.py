@@ -110,7 +110,9 @@ def main() -> None:
                 tokenizer=str(SFT),
                 curve=curve_of(name),
                 checkpoint_every=compute.checkpoint_every,
-                rows_of=lambda step: [row for i in steps[step] for row in evidence.rows_of(i)],
+                rows_of=lambda step: [
+                    row for i in steps[step] for row in evidence.rows_of(run.loss.evidence, i)
+                ],
                 compute_dtype=pair.compute_dtype,
                 adapted=SFT,
                 journal=journal,
