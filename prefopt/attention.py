@@ -2,7 +2,8 @@
 
 `attend` has the signature of Hugging Face's attention functions and is registered there by the
 caller. A forward pass that is given a `layout` (`prefopt.packing.Layout`) runs over one packed row;
-without one it is plain causal attention, for padded rows and for decoding with a cache.
+one that is given a `cache` (`prefopt.cache.Cache`) adds a token to every row that is being decoded;
+without either it is plain causal attention, for padded rows and for the models' own caches.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from prefopt.cache import Cache
 from prefopt.packing import Layout
 
 NAME = "prefopt"
@@ -34,6 +36,8 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     layout: Layout | None = None,
+    record: list[tuple[Tensor, Tensor]] | None = None,
+    cache: Cache | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "batch time heads value_width"], None]:
     """One layer's attention; see the module.
@@ -50,12 +54,18 @@ def attend(
         softcap: scores are softcap * tanh(scores/softcap).
         s_aux: one sink logit a head, which takes attention and gives nothing.
         layout: of the packed row, of which there is one in the batch.
+        record: takes the packed row's keys and values, layer by layer.
+        cache: of rows of which each has one token in the batch.
     """
     assert dropout == 0.0, "attention dropout is on; put the policy into eval mode"
+    special = _Special(scaling, sliding_window, softcap, s_aux)
+    if cache is not None:
+        return _decoded(query, *cache.extended(key, value), cache.visible(sliding_window), special)
+    if record is not None:
+        record.append((key[0], value[0]))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    special = _Special(scaling, sliding_window, softcap, s_aux)
     if layout is None:
         output = _rows(query, key, value, attention_mask, special)
     else:
@@ -88,6 +98,20 @@ class _Special:
         sinks: Tensor | None,
     ) -> None:
         self.scaling, self.window, self.softcap, self.sinks = scaling, window, softcap, sinks
+
+
+def _decoded(
+    query: Float[Tensor, "lanes heads 1 width"],
+    key: Float[Tensor, "lanes kv_heads keys width"],
+    value: Float[Tensor, "lanes kv_heads keys value_width"],
+    visible: Tensor,
+    special: _Special,
+) -> tuple[Float[Tensor, "lanes 1 heads value_width"], None]:
+    """One query a lane; those that share keys lie in the place of time, so no key is copied."""
+    lanes, heads, _, width = query.shape
+    grouped = query.reshape(lanes, key.shape[1], -1, width)
+    output = _rows(grouped, key, value, visible, special)
+    return output.reshape(lanes, 1, heads, -1), None
 
 
 def _gathered(
@@ -140,7 +164,8 @@ def _written_out(
     else:
         scores = scores + allowed
     if special.sinks is not None:
-        sinks = special.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        # While decoding, queries that share keys lie in the place of time.
+        sinks = special.sinks.view(1, scores.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

@@ -268,6 +268,7 @@ def test_packed_collisions_and_divergences_are_those_of_unpadded_rows(grouped: T
             torch.testing.assert_close(logps[i], plainly(grouped.plain, row), **exact)
 
 
+@pytest.mark.filterwarnings("ignore:.* decodes rows of one prompt length together")
 def test_generation_draws_the_same_tokens_under_either_attention(twins: Twins) -> None:
     draw = random.Random(0)
     # Some longer than the window before they begin, others only after.
