@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def measure(num_pairs: int, stages: Sequence[str] = STAGES) -> Iterator[tuple[st
 
 
 @contextmanager
-def workplace(num_pairs: int) -> Iterator[None]:
+def workplace(num_pairs: int) -> Generator[None]:
     """A folder with data, parameters and a model; this process works in it while it lasts."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:

@@ -3,7 +3,7 @@
 Its output never changes, so passing it again re-runs nothing; failing it stops everything.
 """
 
-from stages import models
+from stages import models, sampling
 from stages.artefacts import CHECKED, program, stage
 from stages.params import load_params
 from stages.runs import bind, check_runs
@@ -12,6 +12,7 @@ from stages.runs import bind, check_runs
 def main() -> None:
     params = load_params()
     check_runs(params)
+    sampling.check(params.compute)
     models.check(params.base)
     runs = [bind(params, name).optimiser for name in params.runs]
     models.check_trainable(params.base, [params.sft, *runs])

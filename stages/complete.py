@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prefopt.generation import sample
 from prefopt.packing import Row
 from prefopt.scoring import score
 from stages import models
@@ -32,6 +31,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.params import load_params
+from stages.sampling import Sampling, sampler
 from stages.templates import read_templates
 
 
@@ -59,10 +59,19 @@ def main() -> None:
             *rows_of_split(prompts, "shifted"),
         ]
         tokenizer = models.load_tokenizer(str(SFT))
-        policy = models.load_policy(str(model_of(name)))
         columns: dict[str, list[Any]] = {field: [] for field in SAMPLES_SCHEMA.names}
         rows: list[Row] = []
         prompted = [prompts["tokens"][number] for number in numbers]
+        complete = sampler(
+            model_of(name),
+            Sampling(
+                max_new_tokens=params.data.max_completion_tokens,
+                temperature=evaluation.temperature,
+                eos=models.eos(tokenizer),
+                batch_size=params.sample.batch_size,
+            ),
+            compute,
+        )
         for revision in range(params.revision.rounds + 1):
             if revision:
                 written = [row.completion for row in rows[-len(numbers) :]]
@@ -72,18 +81,8 @@ def main() -> None:
                     for number, completion in zip(numbers, written, strict=True)
                 ]
             seeds = seeds_of(numbers, compute.seed, revision, of_sft=name == "sft")
-            with tqdm(total=len(numbers), desc=name, unit="completion", mininterval=5) as bar:
-                tokens = sample(
-                    policy,
-                    prompted,
-                    seeds,
-                    max_new_tokens=params.data.max_completion_tokens,
-                    temperature=evaluation.temperature,
-                    eos=models.eos(tokenizer),
-                    batch_size=params.sample.batch_size,
-                    progress=bar.update,
-                )
-            rows += map(Row, prompted, tokens)
+            title = f"{name}, revision {revision}" if revision else name
+            rows += map(Row, prompted, complete(prompted, seeds, title=title))
             columns["prompt"] += numbers
             columns["revision"] += [revision] * len(numbers)
             columns["seed"] += seeds
@@ -102,7 +101,7 @@ def main() -> None:
                 )
             return [sum(logps) for logps in scored]
 
-        logp = columns["logp"] = logps(policy)
+        logp = columns["logp"] = logps(models.load_policy(str(model_of(name))))
         is_sft = name == "sft"
         columns["reference_logp"] = logp if is_sft else logps(models.load_policy(str(SFT)))
         write_table(workspace.partial(samples_of(name)), columns, SAMPLES_SCHEMA)

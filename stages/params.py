@@ -43,6 +43,7 @@ class Compute(Strict):
     seed: Annotated[StrictInt, Field(ge=0)]
     num_threads: Count
     dtype: Literal["float32", "bfloat16"]
+    generation: Literal["torch", "vllm"]
     token_budget: Count
     checkpoint_every: Count
 

@@ -1,8 +1,5 @@
 """Sample K completions of each training prompt from the SFT policy: `python -m stages.sample`."""
 
-from tqdm import tqdm
-
-from prefopt.generation import sample
 from stages import models
 from stages.artefacts import (
     CANDIDATES,
@@ -17,6 +14,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.params import load_params
+from stages.sampling import Sampling, sampler
 
 
 def main() -> None:
@@ -37,17 +35,17 @@ def main() -> None:
             row for row in train[: settings.num_prompts] for _ in range(settings.num_completions)
         ]
         tokenizer = models.load_tokenizer(str(SFT))
-        with tqdm(total=len(rows), desc="sample", unit="completion", mininterval=5) as bar:
-            tokens = sample(
-                models.load_policy(str(SFT)),
-                [prompts["tokens"][row] for row in rows],
-                [compute.seed * 1_000_003 + index for index in range(len(rows))],
-                max_new_tokens=params.data.max_completion_tokens,
-                temperature=settings.temperature,
-                eos=models.eos(tokenizer),
-                batch_size=settings.batch_size,
-                progress=bar.update,
-            )
+        sampling = Sampling(
+            max_new_tokens=params.data.max_completion_tokens,
+            temperature=settings.temperature,
+            eos=models.eos(tokenizer),
+            batch_size=settings.batch_size,
+        )
+        tokens = sampler(SFT, sampling, compute)(
+            [prompts["tokens"][row] for row in rows],
+            [compute.seed * 1_000_003 + index for index in range(len(rows))],
+            title="sample",
+        )
         columns = {
             "prompt": rows,
             "text": tokenizer.batch_decode(tokens, skip_special_tokens=True),

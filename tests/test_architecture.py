@@ -36,6 +36,7 @@ HOMES = {
     "transformers": ["stages/models.py", "stages/oracle.py", "stages/pretrain.py"],
     "trl": ["stages/oracle.py"],
     "peft": ["stages/models.py"],
+    "vllm": ["stages/sampling.py"],
 }
 # Parts that programs share; every other module of stages with a `main` is a program.
 SHARED = {"stages.params", "stages.artefacts", "stages.models", "stages.judges", "stages.tracking"}

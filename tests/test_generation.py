@@ -121,10 +121,10 @@ def without_a_cache(policy: PreTrainedModel, prompt: list[int], seed: int) -> li
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_a_row_does_not_depend_on_its_neighbours(batch_size: int) -> None:
-    alone = [sampled([p], [s])[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
-    assert sampled(PROMPTS, SEEDS, batch_size=batch_size) == alone
-    backwards = sampled(PROMPTS[::-1], SEEDS[::-1], batch_size=batch_size)
-    assert backwards[::-1] == alone
+    together = sampled(PROMPTS, SEEDS, batch_size=batch_size)
+    assert sampled(PROMPTS[::-1], SEEDS[::-1], batch_size=batch_size) == together[::-1]
+    for row in range(0, len(PROMPTS), 5):
+        assert sampled([PROMPTS[row]], [SEEDS[row]]) == [together[row]]
 
 
 @pytest.mark.parametrize("family", [*WITH_LANES, *WITHOUT_LANES])
@@ -243,7 +243,7 @@ def test_sampling_equals_decoding_without_a_cache() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_first_tokens_follow_the_policys_softmax(temperature: float) -> None:
-    count = 20_000
+    count = 5_000
     prompt = [0, 3, 5]
     first = sampled(
         [prompt] * count,

@@ -66,7 +66,7 @@ def test_every_loss_that_pairs_can_train_binds_from_its_signature(write_params: 
     for loss in LOSSES.values():
         values = cases(loss)[0].hyperparameters
         row = {name: special.get(name, value) for name, value in values.items()}
-        write_params(runs={"x": {"loss": loss.name, **row}})
+        write_params(**{"runs": {"x": {"loss": loss.name, **row}}, "revision.train": True})
         if loss.evidence in TRAINABLE:
             assert set(bind(load_params(), "x").hyperparameters) == set(values)
         else:
