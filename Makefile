@@ -18,8 +18,9 @@ flow: $(VENV)/ready  ## the same graph as a Prefect flow
 test: $(VENV)/oracle  ## the tests
 	@$(BIN)/python -m pytest
 
-benchmark: $(VENV)/oracle  ## time and memory of a step beside TRL's, and benchmarks/README.md
+benchmark: $(VENV)/oracle  ## a step beside TRL's, sampling beside generate, and benchmarks/README.md
 	@$(BIN)/python -m benchmarks.steps
+	@$(BIN)/python -m benchmarks.generation
 	@$(BIN)/python -m benchmarks.report
 
 check: $(VENV)/oracle  ## lint, format, spelling and types

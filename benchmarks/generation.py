@@ -172,8 +172,8 @@ def measure(contestants: Contestants, work: Workload, rounds: int) -> dict[str, 
             lengths: list[int] = []
             now = part if number < 0 else work
 
-            def run(name: str = name, now: Workload = now, lengths: list[int] = lengths) -> None:
-                lengths.extend(samplers[name](now, number + 1))
+            def run(name: str = name, now: Workload = now, seed: int = number + 1) -> None:
+                lengths.extend(samplers[name](now, seed))  # noqa: B023, called at once
 
             took = timed(run, torch.device("cpu"))
             if number >= 0:

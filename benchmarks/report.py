@@ -5,7 +5,6 @@ Nothing in them is written by hand.
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ HERE = Path(__file__).parent
 README = HERE / "README.md"
 START, END = "<!-- from results/cpu.json -->\n", "<!-- to here -->\n"
 MEMORY_START = "<!-- from results/memory-cpu.json -->\n"
+SAMPLING_START = "<!-- from results/generation-cpu.json -->\n"
 OURS = "packed"
 
 
@@ -124,6 +124,33 @@ def _row(table: dict[str, Any], arm: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def sampling_tables(results: dict[str, Any]) -> str:
+    """What the README says of sampling, in Markdown: tokens a second beside the first row's."""
+    return "\n".join(_sampling_table(table) for table in results["tables"])
+
+
+def _sampling_table(table: dict[str, Any]) -> str:
+    rates = {
+        name: [n / s for n, s in zip(of["tokens"], of["compute_seconds"], strict=True)]
+        for name, of in table["samplers"].items()
+    }
+    first = next(iter(rates.values()))
+    lines = [
+        f"### Sampling: {table['title']}",
+        "",
+        f"{table['prompts']} prompts, up to {table['max_new_tokens']} new tokens, "
+        f"{len(first)} rounds.",
+        "",
+        "| | tokens/s of CPU time | times the first |",
+        "|---|---|---|",
+    ]
+    for name, rate in rates.items():
+        ratios = [a / b for a, b in zip(rate, first, strict=True)]
+        ratio = Compared(median(ratios), min(ratios), max(ratios))
+        lines.append(f"| {name} | {median(rate):.0f} | {ratio} |")
+    return "\n".join([*lines, ""])
+
+
 def _mebibytes(sizes: Sequence[int | None]) -> str:
     known = [size for size in sizes if size is not None]
     return f"{median(known) / MIB:.0f}" if known else "not measured"
@@ -165,8 +192,13 @@ def main() -> None:
     with rc_context(STYLE_OF_FIGURES):
         save(picture(results), HERE / "results/cpu.svg")
     memory = json.loads((HERE / "results/memory-cpu.json").read_text())
+    sampling = json.loads((HERE / "results/generation-cpu.json").read_text())
     text = README.read_text()
-    for start, written in ((START, tables(results)), (MEMORY_START, memory_table(memory))):
+    for start, written in (
+        (START, tables(results)),
+        (MEMORY_START, memory_table(memory)),
+        (SAMPLING_START, sampling_tables(sampling)),
+    ):
         between = re.compile(f"(?<={re.escape(start)}).*?(?={re.escape(END)})", re.DOTALL)
         text = between.sub(lambda _, written=written: written, text)
     README.write_text(text)

@@ -10,7 +10,7 @@ from conftest import PROJECT
 from benchmarks import costs
 from benchmarks.arms import Settings
 from benchmarks.data import HH, TLDR, examples
-from benchmarks.report import END, README, START, tables
+from benchmarks.report import END, README, START, START_OF_SAMPLING, sampling_tables, tables
 from benchmarks.steps import (
     LOSS_TOLERANCE,
     MEMORY_ROUNDS,
@@ -88,4 +88,6 @@ def test_costs_are_those_of_the_layouts() -> None:
 def test_the_page_shows_the_results() -> None:
     results = json.loads((PROJECT / "benchmarks/results/cpu.json").read_text())
     text = README.read_text()
-    assert text[text.index(START) + len(START) : text.index(END)] == tables(results)
+    sampling = json.loads((PROJECT / "benchmarks/results/generation-cpu.json").read_text())
+    for start, shown in ((START, tables(results)), (START_OF_SAMPLING, sampling_tables(sampling))):
+        assert text.split(start)[1].split(END)[0] == shown
