@@ -5,6 +5,7 @@ Nothing in them is written by hand.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

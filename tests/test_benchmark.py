@@ -10,7 +10,7 @@ from conftest import PROJECT
 from benchmarks import costs
 from benchmarks.arms import Settings
 from benchmarks.data import HH, TLDR, examples
-from benchmarks.report import END, README, START, START_OF_SAMPLING, sampling_tables, tables
+from benchmarks.report import END, README, SAMPLING_START, START, sampling_tables, tables
 from benchmarks.steps import (
     LOSS_TOLERANCE,
     MEMORY_ROUNDS,
@@ -89,5 +89,5 @@ def test_the_page_shows_the_results() -> None:
     results = json.loads((PROJECT / "benchmarks/results/cpu.json").read_text())
     text = README.read_text()
     sampling = json.loads((PROJECT / "benchmarks/results/generation-cpu.json").read_text())
-    for start, shown in ((START, tables(results)), (START_OF_SAMPLING, sampling_tables(sampling))):
+    for start, shown in ((START, tables(results)), (SAMPLING_START, sampling_tables(sampling))):
         assert text.split(start)[1].split(END)[0] == shown
