@@ -1,7 +1,7 @@
 """Checkpoints: the state of a training between two of its steps, whole or not at all.
 
-Data order is a function of the step number alone, so the state is weights, optimiser moments and
-the metrics of the steps so far.
+Data order is a function of the step number alone, so the state is weights, optimiser moments, the
+metrics of the steps so far and, where a watch chooses among policies, the weights of the best.
 """
 
 import hashlib
@@ -35,9 +35,10 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimiser: torch.optim.AdamW,
     history: list[Metrics],
+    best: dict[str, Tensor],
 ) -> None:
     """Write a checkpoint beside the ones before it; the last two are kept."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"best/{name}": value for name, value in best.items()}
     for name, parameter in parameters.items():
         tensors[f"policy/{name}"] = parameter.detach().contiguous()
         for key, value in optimiser.state[parameter].items():
@@ -61,8 +62,12 @@ def save(
 
 def restore(
     directory: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.AdamW
-) -> list[Metrics]:
-    """Put the last whole checkpoint into parameters and optimiser; the metrics of its steps."""
+) -> tuple[list[Metrics], dict[str, Tensor]]:
+    """Put the last whole checkpoint into parameters and optimiser.
+
+    Returns:
+        The metrics of its steps, and the weights of the best policy among them.
+    """
     saved = sorted(p for p in directory.glob("*") if p.name.isdigit())
     while saved and not _is_whole(saved[-1]):
         damaged = saved.pop()
@@ -73,18 +78,19 @@ def restore(
         )
         shutil.rmtree(damaged)
     if not saved:
-        return []
+        return [], {}
     tensors = load_file(saved[-1] / "state.safetensors")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors.pop(f"policy/{name}"))
+    best = {name: tensors.pop(f"best/{name}") for name in parameters if f"best/{name}" in tensors}
     for key_and_name, value in tensors.items():
         key, name = key_and_name.split("/", 1)
         parameter = parameters[name]
         # AdamW's step counter stays on the CPU unless it is capturable; fused keeps it beside.
         optimiser.state[parameter][key] = value.to(parameter.device)
     with open(saved[-1] / "history.jsonl") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file], best
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -4,13 +4,13 @@ An objective is asked for one optimiser step at a time and yields that step's mi
 already divided by the step's own normaliser. Losses, metrics and gradients therefore add up, and
 no result depends on how a step is cut. Data order is a function of the step number alone, so a
 checkpoint is weights, optimiser moments, the step and the log: a killed run resumes to the same
-bits.
+bits. A watch looks up between steps; what it decides follows from the log alone.
 """
 
 import math
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +45,54 @@ class Optimisation:
     beta2: float = 0.999
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which of the policies that were looked at a training leaves, by what the looks said.
+
+    A resumed training decides as an unbroken one does, because both read the same log.
+
+    Args:
+        worth: the policy of highest worth is left, of equals the earliest.
+        ends: whether the training ends with this look; its policy is not left then.
+    """
+
+    worth: Callable[[Metrics], float]
+    ends: Callable[[Metrics], bool]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Looking up from a training between its steps.
+
+    Args:
+        look: metrics of the policy as it is after a step, under names that no step uses; it leaves
+            parameters, gradients and torch's random numbers as they are.
+        steps: those after which it looks.
+        selection: among the policies looked at; without one the last policy is left.
+    """
+
+    look: Callable[[int], Metrics]
+    steps: Collection[int]
+    selection: Selection | None = None
+
+    def ended(self, history: list[Metrics]) -> bool:
+        """Whether the last step's look ended the training."""
+        return self.selection is not None and any(
+            map(self.selection.ends, self.looks(history[-1:]))
+        )
+
+    def best(self, history: list[Metrics]) -> Metrics | None:
+        """The metrics of the step whose policy is left; None if the first look ended it all."""
+        if self.selection is None:
+            return history[-1]
+        within = [look for look in self.looks(history) if not self.selection.ends(look)]
+        return max(within, key=self.selection.worth, default=None)
+
+    def looks(self, history: list[Metrics]) -> list[Metrics]:
+        """The metrics of the steps that were looked at."""
+        return [metrics for metrics in history if metrics["step"] in self.steps]
+
+
 class Diverged(FloatingPointError):
     """A step whose loss or gradient is not finite; the policy is as it was before."""
 
@@ -65,8 +113,9 @@ def fit(
     *,
     log: Callable[[Metrics], None],
     checkpoints: Checkpoints | None = None,
-) -> None:
-    """Train `policy` in place for `num_steps` optimiser steps.
+    watch: Watch | None = None,
+) -> list[Metrics]:
+    """Train `policy` in place for `num_steps` optimiser steps, or until a look ends it.
 
     Args:
         policy: parameters with `requires_grad` are trained; put it into eval mode first, because
@@ -76,6 +125,12 @@ def fit(
         optimisation: optimiser and schedule.
         log: receives one dict a step, from step 0 on, also for steps replayed from a checkpoint.
         checkpoints: if given, resume from there and write there.
+        watch: if given, looks up. What a look says is merged into its step's metrics, and with a
+            selection `kept`: 1 if its policy is the best so far, else 0.
+
+    Returns:
+        The metrics of all steps. `policy` is as it was after the last of them, or after the one
+        that `watch.best` names.
 
     Raises:
         Diverged: if a step's loss or gradient norm is not finite; the state before it is saved.
@@ -84,29 +139,42 @@ def fit(
     parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     optimiser = _adamw(parameters, optimisation)
     history: list[Metrics] = []
+    best: dict[str, Tensor] = {}
     if checkpoints is not None:
-        history = restore(checkpoints.directory, parameters, optimiser)
+        history, best = restore(checkpoints.directory, parameters, optimiser)
     for metrics in history:
         log(metrics)
 
     def keep() -> None:
         if checkpoints is not None:
-            save(checkpoints.directory, parameters, optimiser, history)
+            save(checkpoints.directory, parameters, optimiser, history, best)
 
     with _sigterm_noted(checkpoints is not None) as came:
         for step in range(len(history), num_steps):
+            if watch is not None and watch.ended(history):
+                break
             try:
                 metrics = _step(step, num_steps, parameters, objective, optimisation, optimiser)
             except Diverged:
                 keep()
                 raise
             history.append(metrics)
+            if watch is not None and step in watch.steps:
+                metrics |= watch.look(step)
+                if watch.selection is not None:
+                    metrics["kept"] = int(watch.best(history) is metrics)
+                    if metrics["kept"]:
+                        best = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
             log(metrics)
             if checkpoints is not None and len(history) % checkpoints.every == 0:
                 keep()
             if came.is_set():
                 keep()
                 raise Terminated(128 + signal.SIGTERM)
+    with torch.no_grad():
+        for name, weights in best.items():
+            parameters[name].copy_(weights)
+    return history
 
 
 def _step(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from prefopt.loop import (
     Diverged,
     Objective,
     Optimisation,
+    Selection,
     Terminated,
+    Watch,
     decay,
     fit,
 )
@@ -63,6 +66,7 @@ def trained(
     optimisation: Optimisation = OPTIMISATION,
     checkpoints: Checkpoints | None = None,
     num_steps: int = NUM_STEPS,
+    watch: Watch | None = None,
     **options: int | None,
 ) -> tuple[nn.Module, list[Metrics]]:
     policy, log = network(), []
@@ -73,6 +77,7 @@ def trained(
         optimisation,
         log=log.append,
         checkpoints=checkpoints,
+        watch=watch,
     )
     return policy, log
 
@@ -402,3 +407,104 @@ def test_a_gradient_that_is_not_finite_is_refused() -> None:
 
     with pytest.raises(FloatingPointError, match=r"step 0: .*gradient norm nan"):
         fit(policy, objective, 2, OPTIMISATION, log=lambda _: None)
+
+
+# What the looks below say after each step that they follow.
+QUALITY = {1: 0.3, 3: 0.8, 5: 0.8, 7: 0.5, 9: 0.6}
+SPENT = {1: 1.0, 3: 2.0, 5: 3.0, 7: 5.0, 9: 4.0}
+
+
+def looking(*, worth: str = "step", budget: float = math.inf, kill_at: int | None = None) -> Watch:
+    def look(step: int) -> Metrics:
+        if step == kill_at:
+            raise Killed
+        return {"quality": QUALITY[step], "spent": SPENT[step]}
+
+    return Watch(look, QUALITY, Selection(lambda m: m[worth], ends=lambda m: m["spent"] > budget))
+
+
+def after(num_updates: int) -> nn.Module:
+    """The policy after so many updates of the ten."""
+    policy, weights = network(), []
+
+    def copies(step: int) -> Metrics:
+        weights.append({name: p.clone() for name, p in policy.state_dict().items()})
+        return {}
+
+    watch = Watch(copies, steps=[num_updates - 1])
+    fit(policy, squares(policy), NUM_STEPS, OPTIMISATION, log=lambda _: None, watch=watch)
+    policy.load_state_dict(*weights)
+    return policy
+
+
+def test_looks_change_nothing_and_stand_in_their_steps() -> None:
+    straight, straight_log = trained()
+    watched, log = trained(watch=Watch(lambda step: {"seen": step}, steps=[1, 3, 9]))
+    assert same_bits(straight, watched)
+    assert [m["step"] for m in log if "seen" in m] == [m["seen"] for m in log if "seen" in m]
+    assert [{k: v for k, v in m.items() if k != "seen"} for m in log] == straight_log
+    assert sum("seen" in m for m in log) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "num_updates", "num_steps", "kept"),
+    [
+        ({"worth": "quality"}, 4, 10, [1, 1, 0, 0, 0]),  # Of equals the earlier.
+        ({"worth": "spent"}, 8, 10, [1, 1, 1, 1, 0]),
+        ({"budget": 4.5}, 6, 8, [1, 1, 1, 0]),  # The last within the budget.
+        ({"budget": 3.0}, 6, 8, [1, 1, 1, 0]),  # The budget itself is within.
+        ({"budget": 5.0}, 10, 10, [1, 1, 1, 1, 1]),
+        ({"worth": "quality", "budget": 2.5}, 4, 6, [1, 1, 0]),
+    ],
+)
+def test_the_policy_left_is_that_of_the_best_look_within_the_budget(
+    options: dict[str, Any], num_updates: int, num_steps: int, kept: list[int]
+) -> None:
+    watch = looking(**options)
+    policy, log = trained(watch=watch)
+    assert same_bits(policy, after(num_updates))
+    best = watch.best(log)
+    assert best is not None
+    assert best["step"] == num_updates - 1
+    assert len(log) == num_steps
+    assert [m["kept"] for m in log if "kept" in m] == kept
+
+
+def test_when_the_first_look_ends_the_training_none_is_best() -> None:
+    watch = looking(budget=0.5)
+    _, log = trained(watch=watch)
+    assert len(log) == 2
+    assert watch.best(log) is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"worth": "quality"}, {"budget": 4.5}, {"worth": "quality", "budget": 2.5}], ids=str
+)
+def test_a_watched_run_killed_before_and_in_every_look_resumes_to_the_same_bits(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    straight, straight_log = trained(watch=looking(**options))
+    for kill_at in range(len(straight_log)):
+        for where in ("step", "look"):
+            if where == "look" and kill_at not in QUALITY:
+                continue
+            checkpoints = Checkpoints(tmp_path / f"{where}{kill_at}", 3)
+            step_kill = kill_at if where == "step" else None
+            look_kill = kill_at if where == "look" else None
+            with pytest.raises(Killed):
+                trained(
+                    checkpoints=checkpoints,
+                    watch=looking(**options, kill_at=look_kill),
+                    kill_at=step_kill,
+                )
+            resumed, log = trained(checkpoints=checkpoints, watch=looking(**options))
+            assert same_bits(straight, resumed)
+            assert log == straight_log
+
+
+def test_a_run_that_a_look_ended_is_over_when_it_is_resumed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 1)
+    first, first_log = trained(checkpoints=checkpoints, watch=looking(budget=4.5))
+    again, again_log = trained(checkpoints=checkpoints, watch=looking(budget=4.5), kill_at=8)
+    assert same_bits(first, again)
+    assert again_log == first_log
