@@ -56,6 +56,10 @@ def logratios_of(run: str) -> Path:
     return ROOT / "logratios" / f"{run}.parquet"
 
 
+def generations_of(run: str) -> Path:
+    return ROOT / "generations" / f"{run}.parquet"
+
+
 def samples_of(run: str) -> Path:
     return ROOT / "samples" / f"{run}.parquet"
 
@@ -86,7 +90,12 @@ PROMPTS_SCHEMA = _schema(
 )
 CANDIDATES_SCHEMA = _schema(prompt=pa.int64(), text=pa.string(), tokens=_TOKENS)
 COMPLETIONS_SCHEMA = _schema(prompt=_TOKENS, completion=_TOKENS)
-PAIRS_SCHEMA = _schema(chosen=pa.int64(), rejected=pa.int64(), preference=pa.float32())
+PAIRS_SCHEMA = _schema(
+    split=pa.string(),  # train, and after all of those validation
+    chosen=pa.int64(),
+    rejected=pa.int64(),
+    preference=pa.float32(),
+)
 # Of a pair, row for row with `pairs`: its completions under the prompts that show one of them.
 REVISIONS_SCHEMA = _schema(
     chosen_given_rejected=pa.int64(),
@@ -96,6 +105,17 @@ REVISIONS_SCHEMA = _schema(
 )
 REFERENCE_SCHEMA = _schema(logps=_NATS)
 LOGRATIOS_SCHEMA = _schema(chosen=pa.float32(), rejected=pa.float32())
+# What a run writes while it trains.
+GENERATIONS_SCHEMA = _schema(
+    step=pa.int64(),  # after it
+    prompt=pa.int64(),  # row of prompts
+    seed=pa.int64(),
+    text=pa.string(),
+    tokens=_TOKENS,
+    logp=pa.float32(),
+    reference_logp=pa.float32(),
+    kl=pa.float32(),  # of the next token, policy from reference, summed along the completion
+)
 SAMPLES_SCHEMA = _schema(
     prompt=pa.int64(),  # row of prompts
     revision=pa.int8(),  # 0, or how often the policy has revised its completion
@@ -215,22 +235,22 @@ def spooled(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> dict[str, C
     return {name: Column(table[name]) for name in schema.names}
 
 
-def rows_of_split(prompts: Mapping[str, Column], split: str) -> range:
-    """Rows of `prompts` that are of a split.
+def rows_of_split(table: Mapping[str, Column], split: str) -> range:
+    """Rows of `prompts` or `pairs` that are of a split.
 
     Raises:
         ValueError: if they do not lie together.
     """
     start, found = 0, list[range]()
-    for name, members in groupby(prompts["split"]):
+    for name, members in groupby(table["split"]):
         end = start + sum(1 for _ in members)
         if name == split:
             found.append(range(start, end))
         start = end
     if len(found) > 1:
         raise ValueError(
-            f"{PROMPTS}: rows of one split do not lie together, got '{split}' in {len(found)} "
-            "places; run `dvc repro --force prepare`"
+            f"{ROOT}: rows of one split do not lie together, got '{split}' in {len(found)} "
+            "places; run `dvc repro --force prepare label`"
         )
     return found[0] if found else range(0)
 

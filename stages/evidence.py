@@ -40,6 +40,7 @@ from stages.artefacts import (
     REVISIONS_SCHEMA,
     SFT,
     map_table,
+    rows_of_split,
 )
 from stages.rows import Rows
 from stages.store import grouped
@@ -75,6 +76,10 @@ class Evidence:
                 f"{REFERENCE}: not row for row with {COMPLETIONS}, got {len(self.reference)} rows "
                 f"for {len(self.rows)}; run `dvc repro reference`"
             )
+
+    def pairs_of(self, split: str) -> range:
+        """The pairs of the training or of the validation split."""
+        return rows_of_split(self.pairs, split)
 
     def sides(self, pairs: Sequence[int]) -> list[int]:
         """Rows of the chosen completions of the pairs, then of the rejected ones."""

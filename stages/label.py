@@ -53,12 +53,14 @@ class Written:
     """A pair as it is written.
 
     Args:
+        split: train or validation.
         prompt: token ids.
         completions: two, in the order of their rows in `completions`.
         chosen: 0 or 1, the place of the chosen one.
         preference: P(chosen > rejected).
     """
 
+    split: str
     prompt: list[int]
     completions: tuple[list[int], list[int]]
     chosen: int
@@ -110,7 +112,7 @@ def main() -> None:
             pairs = judged(prompts, candidates, params.label, params.compute.seed)
             found = written(prompts, candidates, pairs)
         templates = read_templates() if params.revision.train else None
-        num_rows = 0
+        num_rows = num_pairs = 0
         with (
             TableWriter(workspace.partial(COMPLETIONS), COMPLETIONS_SCHEMA) as completions_table,
             TableWriter(workspace.partial(PAIRS), PAIRS_SCHEMA) as pairs_table,
@@ -125,6 +127,7 @@ def main() -> None:
                 placed = list(zip(block, firsts, strict=True))
                 pairs_table.extend(
                     {
+                        "split": [pair.split for pair in block],
                         **columns([pair.pointers(first) for pair, first in placed]),
                         "preference": [pair.preference for pair in block],
                     }
@@ -133,7 +136,8 @@ def main() -> None:
                     revisions_table.extend(
                         columns([pair.revision_pointers(first) for pair, first in placed])
                     )
-        if not num_rows:
+                num_pairs += sum(pair.split == "train" for pair in block)
+        if not num_pairs:
             raise ValueError(
                 f"label: no pair was found, got {len(prompts['text'])} prompts and "
                 f"{len(candidates['text'])} candidates; method 'given' needs data with chosen and "
@@ -146,11 +150,12 @@ def columns(rows: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
 
 
 def given(prompts: Table) -> Iterator[Written]:
-    """The training split's own pairs."""
-    for row, split in enumerate(prompts["split"]):
-        if split == "train" and prompts["rejected"][row]:
-            sides = prompts["gold_tokens"][row], prompts["rejected_tokens"][row]
-            yield Written(prompts["tokens"][row], sides, chosen=0, preference=1.0)
+    """The own pairs of the training split, then those of the validation split."""
+    for wanted in ("train", "validation"):
+        for row, split in enumerate(prompts["split"]):
+            if split == wanted and prompts["rejected"][row]:
+                sides = prompts["gold_tokens"][row], prompts["rejected_tokens"][row]
+                yield Written(split, prompts["tokens"][row], sides, chosen=0, preference=1.0)
 
 
 def judged(prompts: Table, candidates: Table, label: Label, seed: int) -> Iterator[Pair]:
@@ -186,8 +191,14 @@ def written(prompts: Table, candidates: Table, pairs: Iterable[Pair]) -> Iterato
     for pair in pairs:
         numbers = sorted((pair.chosen, pair.rejected))
         first, second = (candidates["tokens"][number] for number in numbers)
-        prompt = prompts["tokens"][candidates["prompt"][pair.chosen]]
-        yield Written(prompt, (first, second), numbers.index(pair.chosen), pair.preference)
+        row = candidates["prompt"][pair.chosen]
+        yield Written(
+            prompts["split"][row],
+            prompts["tokens"][row],
+            (first, second),
+            numbers.index(pair.chosen),
+            pair.preference,
+        )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ Positive = Annotated[float, Field(gt=0)]
 # Names become stage names, file names and parts of commands, so their characters are few.
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Reward = Literal["vader", "textblob"]
+# `last`, or a metric of a look: of the loss the lowest, of the others the highest.
+Select = Literal[
+    "last", "validation/loss", "validation/rewards/accuracies", "validation/rewards/margins"
+]
 
 
 class Strict(BaseModel):
@@ -108,6 +112,7 @@ class Optimiser(Strict):
 class Sample(Strict):
     num_prompts: Count
     num_completions: Annotated[StrictInt, Field(ge=2)]
+    num_validation_prompts: Annotated[StrictInt, Field(ge=0)]
     temperature: Positive
     batch_size: Count
 
@@ -116,6 +121,18 @@ class Label(Strict):
     method: Literal["best_against_worst", "bradley_terry", "given"]
     reward: Reward
     scale: Positive
+
+
+class Watching(Strict):
+    every: Count | None
+    num_generations: Annotated[StrictInt, Field(ge=0)]
+    select: Select
+    max_kl: Positive | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether a run writes completions while it trains."""
+        return self.every is not None and self.num_generations > 0
 
 
 class Evaluation(Strict):
@@ -135,6 +152,7 @@ class Params(Strict):
     label: Label
     revision: Revision
     train: Optimiser
+    watch: Watching
     runs: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     evaluation: Evaluation
 

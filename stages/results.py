@@ -87,7 +87,8 @@ def load_result(name: str, number: int, params: Params) -> Result:
         colour=COLOURS[number % len(COLOURS)],
         marker=MARKERS[number % len(MARKERS)],
         metrics=json.loads(metrics_of(name).read_text()),
-        curve={column: [float(step[column]) for step in steps] for column in steps[0]},
+        # Columns of looks are empty at the steps between.
+        curve={column: [float(step[column] or "nan") for step in steps] for column in steps[0]},
         judgements={key: Judgement(*value) for key, value in zip(keys, values, strict=True)},
         texts=dict(zip(samples["prompt"], samples["text"], strict=True)),
     )

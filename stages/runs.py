@@ -15,7 +15,7 @@ from prefopt.domains import DPOInducing
 from prefopt.losses import LOSSES, Loss
 from prefopt.losses.formulas import hyperparameters_of
 from prefopt.psi import Psi, psi
-from stages.params import Optimiser, Params, Strict, checked, did_you_mean
+from stages.params import Optimiser, Params, Strict, Watching, checked, did_you_mean
 
 # Evidence that pairs give, with policy and reference at hand.
 TRAINABLE = (
@@ -41,6 +41,7 @@ class Options(Strict):
 
 
 OVERRIDES = ("learning_rate", "num_epochs", "lora")
+WATCH_OVERRIDES = ("select", "max_kl")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Run:
         hyperparameters: the loss's, all of them, as its function takes them.
         sft_weight: weight of the chosen completions' mean NLL a token, added to the loss.
         optimiser: the `train` section with this run's overrides.
+        watch: the `watch` section with this run's overrides.
         written: all as the person wrote it, for tracking.
     """
 
@@ -59,6 +61,7 @@ class Run:
     hyperparameters: dict[str, Any]
     sft_weight: float
     optimiser: Optimiser
+    watch: Watching
     written: dict[str, Any]
 
 
@@ -73,12 +76,13 @@ def bind(params: Params, name: str) -> Run:
     row = dict(params.runs[name])
     loss = _loss(row.pop("loss", None), where)
     overrides = {key: row.pop(key) for key in OVERRIDES if key in row}
+    watched = {key: row.pop(key) for key in WATCH_OVERRIDES if key in row}
     options = {key: row.pop(key) for key in Options.model_fields if key in row}
     schema = hyperparameter_schema(loss)
     for key in row:
         if key not in schema.model_fields:
             reads = list(schema.model_fields)
-            others = ", ".join((*OVERRIDES, *Options.model_fields))
+            others = ", ".join((*OVERRIDES, *WATCH_OVERRIDES, *Options.model_fields))
             raise ValueError(
                 f"{where}.{key}: no such parameter of '{loss.name}', got {row[key]!r}; it reads: "
                 f"{', '.join(reads)}; any run may also set {others}" + did_you_mean(key, reads)
@@ -89,9 +93,11 @@ def bind(params: Params, name: str) -> Run:
         hyperparameters={key: getattr(model, key) for key in schema.model_fields},
         sft_weight=checked(Options, options, where).sft_weight,
         optimiser=checked(Optimiser, {**params.train.model_dump(), **overrides}, where),
+        watch=checked(Watching, {**params.watch.model_dump(), **watched}, where),
         written=dict(params.runs[name]),
     )
     _check_evidence(run, params, where)
+    _check_watch(run.watch, params, where)
     return run
 
 
@@ -129,6 +135,31 @@ def _check_evidence(run: Run, params: Params, where: str) -> None:
             f"{where}.psi: '{utility}' needs soft preferences, got labels that are certain "
             f"(label.method {params.label.method}); a hard label stands for its probability only "
             "under the identity: set label.method to bradley_terry, or psi to identity"
+        )
+
+
+def _check_watch(watch: Watching, params: Params, where: str) -> None:
+    """Refuse a choice among looks that will not see what it chooses by."""
+    if watch.max_kl is not None and not watch.writes:
+        raise ValueError(
+            f"{where}: max_kl is estimated from completions that a run writes at looks, got "
+            f"watch.every {watch.every} and watch.num_generations {watch.num_generations}; set "
+            "both, or max_kl to null"
+        )
+    if watch.select == "last":
+        return
+    sampled = params.label.method != "given"
+    if not watch.every or (sampled and not params.sample.num_validation_prompts):
+        raise ValueError(
+            f"{where}: select '{watch.select}' reads validation pairs at looks, got watch.every "
+            f"{watch.every} and sample.num_validation_prompts "
+            f"{params.sample.num_validation_prompts}; set both, or select to last"
+        )
+    if params.evaluation.split == "validation":
+        raise ValueError(
+            f"{where}: select '{watch.select}' chooses a model by the validation split, got "
+            "evaluation.split validation, whose figures would flatter it; evaluate on test, or set "
+            "select to last"
         )
 
 

@@ -1,4 +1,7 @@
-"""Sample K completions of each training prompt from the SFT policy: `python -m stages.sample`."""
+"""Sample K completions of each prompt from the SFT policy: `python -m stages.sample`.
+
+Of training prompts, and of validation prompts for the looks at a run while it trains.
+"""
 
 from stages import models
 from stages.artefacts import (
@@ -30,10 +33,11 @@ def main() -> None:
                 "sample.num_prompts: more than the training split has, got "
                 f"{settings.num_prompts}; at most {len(train)}"
             )
+        validation = rows_of_split(prompts, "validation")
+        # Apart, so that the training candidates' bits do not depend on how many others there are.
+        parts = [train[: settings.num_prompts], validation[: settings.num_validation_prompts]]
         # Candidates of one prompt lie together.
-        rows = [
-            row for row in train[: settings.num_prompts] for _ in range(settings.num_completions)
-        ]
+        parts = [[row for row in part for _ in range(settings.num_completions)] for part in parts]
         tokenizer = models.load_tokenizer(str(SFT))
         sampling = Sampling(
             max_new_tokens=params.data.max_completion_tokens,
@@ -41,11 +45,17 @@ def main() -> None:
             eos=models.eos(tokenizer),
             batch_size=settings.batch_size,
         )
-        tokens = sampler(SFT, sampling, compute)(
-            [prompts["tokens"][row] for row in rows],
-            [compute.seed * 1_000_003 + index for index in range(len(rows))],
-            title="sample",
-        )
+        complete = sampler(SFT, sampling, compute)
+        rows: list[int] = []
+        tokens: list[list[int]] = []
+        for part, title in zip(parts, ("sample", "validation"), strict=True):
+            first = compute.seed * 1_000_003 + len(rows)
+            rows += part
+            tokens += complete(
+                [prompts["tokens"][row] for row in part],
+                range(first, first + len(part)),
+                title=title,
+            )
         columns = {
             "prompt": rows,
             "text": tokenizer.batch_decode(tokens, skip_special_tokens=True),

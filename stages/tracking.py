@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -120,7 +120,8 @@ class Curve(AbstractContextManager["Curve"]):
         self, path: Path, name: str, num_steps: int, journal: Journal | None = None
     ) -> None:
         self._file: TextIO = open(path, "w", newline="")
-        self._writer: Any = None
+        self._columns: list[str] = []
+        self._rows: list[dict[str, float]] = []
         self._journal = journal
         self._bar = tqdm(total=num_steps, desc=name, unit="step", mininterval=5)
 
@@ -131,11 +132,15 @@ class Curve(AbstractContextManager["Curve"]):
             metrics: of the step.
             rates: tokens_per_second and mfu; None if it was replayed from a checkpoint.
         """
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, list(metrics), lineterminator="\n")
-            self._writer.writeheader()
-        self._writer.writerow(metrics)
-        self._file.flush()
+        self._rows.append(metrics)
+        new = [name for name in metrics if name not in self._columns]
+        if new:
+            # The first step's, and later the first look's: the file gets them from its head on.
+            self._columns += new
+            self._file.seek(0)
+            self._write([dict(zip(self._columns, self._columns, strict=True)), *self._rows])
+        else:
+            self._write([metrics])
         if self._journal is not None:
             step = int(metrics["step"])
             values = {key: value for key, value in metrics.items() if key != "step"}
@@ -151,6 +156,11 @@ class Curve(AbstractContextManager["Curve"]):
             refresh=False,
         )
         self._bar.update()
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        writer = csv.DictWriter(self._file, self._columns, lineterminator="\n")
+        writer.writerows(rows)
+        self._file.flush()
 
     def __exit__(
         self,
@@ -234,6 +244,8 @@ def _deliver(client: "MlflowClient", path: Path) -> bool:
             client.set_tag(run.info.run_id, "prefopt.logratios", event["logratios"])
         if "audit" in event:
             client.set_tag(run.info.run_id, "prefopt.reference_audit", event["audit"])
+        if "kept" in event:
+            client.set_tag(run.info.run_id, "prefopt.kept", event["kept"])
     status = "FAILED" if end is None else end["end"]
     last = events[-1]["time"]
     client.set_terminated(run.info.run_id, status=status, end_time=last)

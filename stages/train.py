@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from prefopt.scoring import batches, score
 from stages import models
 from stages.artefacts import (
     COMPLETIONS,
+    GENERATIONS_SCHEMA,
     LOGRATIOS_SCHEMA,
     PAIRS,
     PROMPTS,
@@ -29,16 +31,19 @@ from stages.artefacts import (
     blocks,
     curve_of,
     digest,
+    generations_of,
     logratios_of,
     model_of,
     program,
     stage,
+    write_table,
 )
 from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, pairs_within
 from stages.params import Compute, load_params
 from stages.runs import Run, bind
 from stages.tracking import track
 from stages.training import train
+from stages.watch import Look, account, author, watch
 
 BLOCK = 1024  # pairs whose log-ratios are held at a time
 NUM_AUDITED = 8  # prompts of the reference that are scored again before the first step
@@ -58,6 +63,8 @@ def main() -> None:
     relevant = {
         "compute": compute.model_dump(),
         "train": run.optimiser.model_dump(),
+        "watch": run.watch.model_dump(),
+        "max_completion_tokens": params.data.max_completion_tokens,
         "run": params.runs[name],
     }
     datasets = [path for path in (PROMPTS, COMPLETIONS, PAIRS, REVISIONS) if path.exists()]
@@ -66,33 +73,39 @@ def main() -> None:
         track(
             name,
             recipe=params.recipe,
-            params={**run.optimiser.model_dump(), **run.written, **compute.model_dump()},
+            params={
+                **run.optimiser.model_dump(),
+                **run.watch.model_dump(),
+                **run.written,
+                **compute.model_dump(),
+            },
             datasets={path.stem: digest(path) for path in datasets},
         ) as journal,
         stage(
             f"train@{name}",
             inputs=[PROMPTS, COMPLETIONS, PAIRS, REVISIONS, REFERENCE, SFT],
-            outputs=[model_of(name), curve_of(name), logratios_of(name)],
+            outputs=[model_of(name), curve_of(name), logratios_of(name), generations_of(name)],
             params=relevant,
         ) as workspace,
     ):
         evidence = Evidence()
         policy = models.load_policy(str(SFT))
-        alive = run.loss.evidence in READS_LIVE_REFERENCE
+        alive = run.watch.writes or run.loss.evidence in READS_LIVE_REFERENCE
         reference = models.frozen(policy, run.optimiser) if alive else None
         models.make_trainable(policy, run.optimiser, seed=compute.seed)
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
         deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
         journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
-        steps = Steps(
-            len(evidence.pairs["chosen"]),
-            run.optimiser.batch_size,
-            run.optimiser.num_epochs,
-            compute.seed,
+        steps = steps_of_pairs(evidence, run, compute.seed)
+        look = Look(
+            functools.partial(on_validation_pairs, pair, evidence, run, compute.token_budget),
+            author(pair, params),
+            workspace.directory / "looks",
         )
+        watched = watch(look, run.watch, len(steps))
         tokens_before = TokensBefore(evidence, run.loss.evidence, steps)
         with naming_the_pairs_of(steps):
-            train(
+            history = train(
                 policy,
                 lambda step: objective(
                     pair,
@@ -116,17 +129,40 @@ def main() -> None:
                 compute_dtype=pair.compute_dtype,
                 adapted=SFT,
                 journal=journal,
+                watch=watched,
             )
-        num_pairs = len(evidence.pairs["chosen"])
+        if watched.selection is not None:
+            kept = account(watched, history, run.watch, name)
+            journal.write({"kept": kept})
+            sys.stderr.write(f"{name}: {kept}\n")
+        generations = look.generations(watched.looks(history))
+        write_table(workspace.partial(generations_of(name)), generations, GENERATIONS_SCHEMA)
+        pairs = evidence.pairs_of("train")
         with (
             TableWriter(workspace.partial(logratios_of(name)), LOGRATIOS_SCHEMA) as table,
-            tqdm(total=num_pairs, desc="log-ratios", unit="pair", mininterval=5) as bar,
+            tqdm(total=len(pairs), desc="log-ratios", unit="pair", mininterval=5) as bar,
         ):
-            for block in blocks(range(num_pairs), BLOCK):
+            for block in blocks(pairs, BLOCK):
                 table.extend(logratios_after(policy, evidence, block, compute))
                 bar.update(len(block))
         # By this a later evaluation finds the record of this training.
         journal.write({"logratios": digest(workspace.partial(logratios_of(name)))})
+
+
+def steps_of_pairs(evidence: Evidence, run: Run, seed: int) -> Steps:
+    """The training pairs of every optimiser step; they come before all others.
+
+    Raises:
+        ValueError: if the run selects by validation pairs, and there are none.
+    """
+    if run.watch.select != "last" and not evidence.pairs_of("validation"):
+        raise ValueError(
+            f"watch.select: '{run.watch.select}' reads validation pairs, got none in {PAIRS}; give "
+            "the data's validation split pairs that differ, or set select to last"
+        )
+    pairs = evidence.pairs_of("train")
+    assert pairs.start == 0
+    return Steps(len(pairs), run.optimiser.batch_size, run.optimiser.num_epochs, seed)
 
 
 class TokensBefore:
@@ -158,7 +194,7 @@ def objective(
     evidence: Evidence,
     run: Run,
     token_budget: int,
-    pairs: list[int],
+    pairs: Sequence[int],
     step: int,
     tokens_before: int,
 ) -> Iterator[tuple[Tensor, Metrics]]:
@@ -184,6 +220,16 @@ def objective(
             loss = loss + run.sft_weight * likelihood
         metrics["num_tokens"] = tokens_before + evidence.num_tokens(kind, cut)
         tokens_before = 0
+        yield loss, metrics
+
+
+def on_validation_pairs(
+    pair: Models, evidence: Evidence, run: Run, token_budget: int, step: int
+) -> Iterator[tuple[Tensor, Metrics]]:
+    """What the objective makes of all validation pairs as one step, after `step`."""
+    pairs = evidence.pairs_of("validation")
+    for loss, metrics in objective(pair, evidence, run, token_budget, pairs, step + 1, 0):
+        del metrics["num_tokens"]
         yield loss, metrics
 
 

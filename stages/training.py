@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefopt.checkpoints import Checkpoints, Metrics
 from prefopt.costs import matmul_peak, necessary, price_of, useful_tokens
-from prefopt.loop import Objective, Optimisation, fit
+from prefopt.loop import Objective, Optimisation, Watch, fit
 from prefopt.packing import Row
 from stages import models
 from stages.artefacts import Workspace
@@ -32,20 +32,27 @@ def train(
     compute_dtype: torch.dtype,
     adapted: Path | None = None,
     journal: Journal | None = None,
-) -> None:
-    """Fit the policy and write its model directory and its curve into the workspace."""
+    watch: Watch | None = None,
+) -> list[Metrics]:
+    """Fit the policy and write its model directory and its curve into the workspace.
+
+    Returns:
+        The metrics of all steps.
+    """
     checkpoints = Checkpoints(workspace.checkpoints, checkpoint_every)
     clock = Clock(policy, rows_of, compute_dtype)
     with Curve(workspace.partial(curve), workspace.name, num_steps, journal) as drawn:
-        fit(
+        history = fit(
             policy,
             clock.timed(objective),
             num_steps,
             optimisation(optimiser),
             log=lambda metrics: drawn.log(metrics, clock.rates(int(metrics["step"]))),
             checkpoints=checkpoints,
+            watch=watch,
         )
     models.save(policy, models.load_tokenizer(tokenizer), workspace.partial(model), adapted=adapted)
+    return history
 
 
 class Clock:

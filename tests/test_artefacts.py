@@ -34,7 +34,12 @@ Read = Callable[[Path, pa.Schema], Any]
 pytestmark = pytest.mark.usefixtures("workplace")
 
 INPUT, OUTPUT, FOLDER = Path("input.txt"), Path("artefacts/a.txt"), Path("artefacts/folder")
-PAIRS = {"chosen": list(range(500)), "rejected": list(range(500, 1000)), "preference": [1.0] * 500}
+PAIRS = {
+    "split": ["train"] * 500,
+    "chosen": list(range(500)),
+    "rejected": list(range(500, 1000)),
+    "preference": [1.0] * 500,
+}
 
 
 def run_once(text: str) -> None:
@@ -270,7 +275,7 @@ both_ways = pytest.mark.parametrize("read", [read_table, map_table])
 
 
 @both_ways
-@pytest.mark.parametrize("column", [0, 1, 2])
+@pytest.mark.parametrize("column", [0, 1, 2, 3])
 def test_a_flipped_bit_is_refused_on_reading(column: int, read: Read) -> None:
     path = Path("pairs.parquet")
     write_table(path, PAIRS, PAIRS_SCHEMA)

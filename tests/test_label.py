@@ -106,18 +106,32 @@ def test_bradley_terry_is_a_function_of_the_seed() -> None:
     assert judged(groups, "bradley_terry") != judged(groups, "bradley_terry", seed=1)
 
 
-def test_given_pairs_are_those_of_the_training_split() -> None:
+def test_given_pairs_are_those_of_the_training_split_then_of_the_validation_split() -> None:
     prompts = prompts_of(
-        4,
-        split=["train", "test", "train", "train"],
-        gold_tokens=[[10], [11], [12], [13]],
-        rejected=["no", "no", "", "no"],
-        rejected_tokens=[[20], [21], [], [23]],
+        5,
+        split=["train", "test", "train", "validation", "train"],
+        gold_tokens=[[10], [11], [12], [13], [14]],
+        rejected=["no", "no", "", "no", "no"],
+        rejected_tokens=[[20], [21], [], [23], [24]],
     )
     assert list(label.given(prompts)) == [
-        label.Written([0, 0], ([10], [20]), chosen=0, preference=1.0),
-        label.Written([0, 3], ([13], [23]), chosen=0, preference=1.0),
+        label.Written("train", [0, 0], ([10], [20]), chosen=0, preference=1.0),
+        label.Written("train", [0, 4], ([14], [24]), chosen=0, preference=1.0),
+        label.Written("validation", [0, 3], ([13], [23]), chosen=0, preference=1.0),
     ]
+
+
+@pytest.mark.parametrize("method", ["best_against_worst", "bradley_terry"])
+def test_a_pair_is_of_its_prompts_split_and_validation_changes_no_training_pair(
+    method: str,
+) -> None:
+    groups = [TEXTS, TEXTS[:2], TEXTS[2:], TEXTS[1:4]]
+    prompts = prompts_of(4, split=["train", "train", "validation", "validation"])
+    candidates = candidates_of(groups)
+    pairs = judged(groups, method)
+    assert pairs[:2] == judged(groups[:2], method)
+    splits = [pair.split for pair in label.written(prompts, candidates, pairs)]
+    assert splits == ["train", "train", "validation", "validation"]
 
 
 def test_the_earlier_candidate_is_written_first() -> None:
@@ -125,12 +139,12 @@ def test_the_earlier_candidate_is_written_first() -> None:
     pairs = [label.Pair(0, 1, 0.75), label.Pair(3, 2, 1.0)]
     first, second = (list(TEXTS[i].encode()) for i in (0, 1))
     assert list(label.written(prompts_of(2), candidates, pairs)) == [
-        label.Written([0, 0], (first, second), chosen=0, preference=0.75),
-        label.Written([0, 1], (first, second), chosen=1, preference=1.0),
+        label.Written("train", [0, 0], (first, second), chosen=0, preference=0.75),
+        label.Written("train", [0, 1], (first, second), chosen=1, preference=1.0),
     ]
 
 
-PAIR = label.Written([0, 5], ([6, 1], [7, 8]), chosen=1, preference=1.0)
+PAIR = label.Written("train", [0, 5], ([6, 1], [7, 8]), chosen=1, preference=1.0)
 TEMPLATES_OF_TEST = Templates(
     Template([[0], "prompt", []]), Template([[0], "completion", [9], "prompt"]), eos=1
 )
@@ -215,7 +229,7 @@ def test_pairs_under_revision_prompts_are_written_where_they_are_wanted(
 
 
 @pytest.mark.parametrize("method", ["best_against_worst", "given"])
-def test_no_pair_at_all_is_refused(
+def test_no_training_pair_at_all_is_refused(
     workplace: Path, write_params: Callable[..., Any], method: str
 ) -> None:
     write_params(**{"label.method": method})

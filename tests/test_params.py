@@ -113,6 +113,13 @@ def test_the_optimisation_is_the_section_of_that_name(write_params: Write) -> No
         ),
         ({"evaluation.judges": []}, "evaluation.judges: "),
         (
+            {"watch.select": "validation/lose"},
+            "watch.select: must be 'last', 'validation/loss', 'validation/rewards/accuracies' or "
+            "'validation/rewards/margins', got 'validation/lose'",
+        ),
+        ({"watch.every": 0}, "watch.every: must be greater than or equal to 1, got 0"),
+        ({"watch.max_kl": 0}, "watch.max_kl: must be greater than 0, got 0"),
+        (
             {"evaluation.split": "train"},
             "evaluation.split: must be 'validation' or 'test', got 'train'",
         ),
@@ -321,3 +328,36 @@ def test_a_number_in_scientific_notation_is_a_number(workplace: Path) -> None:
     text = (PROJECT / "params.yaml").read_text()
     Path("params.yaml").write_text(text.replace("learning_rate: 0.0005", "learning_rate: 5e-4"))
     assert load_params().sft.learning_rate == 5e-4
+
+
+def test_a_run_may_override_what_is_kept_of_it(write_params: Write) -> None:
+    written = {"loss": "dpo", "beta": 0.1, "select": "validation/loss", "max_kl": 5}
+    write_params(**{"runs.x": written})
+    watch = bind(load_params(), "x").watch
+    assert (watch.select, watch.max_kl) == ("validation/loss", 5.0)
+    assert watch.every == load_params().watch.every
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"watch.max_kl": 1.0, "watch.num_generations": 0}, "max_kl is estimated from completions"),
+        ({"watch.max_kl": 1.0, "watch.every": None}, "max_kl is estimated from completions"),
+        ({"watch.select": "validation/loss", "watch.every": None}, "reads validation pairs"),
+        (
+            {"watch.select": "validation/loss", "sample.num_validation_prompts": 0},
+            "reads validation pairs at looks, got watch.every 10 and sample.num_validation_prompts "
+            "0; set both, or select to last",
+        ),
+        (
+            {"watch.select": "validation/loss", "evaluation.split": "validation"},
+            "chooses a model by the validation split, got evaluation.split validation",
+        ),
+    ],
+)
+def test_a_choice_among_looks_that_cannot_be_made_is_refused(
+    write_params: Write, changes: dict[str, Any], message: str
+) -> None:
+    write_params(**changes)
+    with refused(message):
+        check_runs(load_params())

@@ -15,7 +15,7 @@ from conftest import PROJECT
 
 SMALL = {
     "data": {"num_train": 160, "num_validation": 24, "num_test": 40},
-    "sample": {"num_prompts": 48, "num_completions": 3},
+    "sample": {"num_prompts": 48, "num_completions": 3, "num_validation_prompts": 8},
     "evaluation": {"num_resamples": 500},
     "runs": {
         "dpo": {"loss": "dpo", "beta": 0.1},

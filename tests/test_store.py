@@ -249,7 +249,12 @@ def test_the_name_of_a_record_is_of_its_token_ids_alone() -> None:
 @pytest.fixture
 def evidence(sft: None) -> tuple[Evidence, Models]:
     reference.main()
-    pairs = {"chosen": [0, 2], "rejected": [1, 3], "preference": [1.0, 1.0]}
+    pairs = {
+        "split": ["train", "train"],
+        "chosen": [0, 2],
+        "rejected": [1, 3],
+        "preference": [1.0, 1.0],
+    }
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
     write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     return Evidence(), Models(load_policy(str(SFT)), None, torch.float32)

@@ -297,3 +297,13 @@ def test_the_time_left_is_reckoned_from_steps_that_were_not_replayed() -> None:
         shown = curve._bar.format_dict
     assert (shown["n"], shown["initial"]) == (6, 4)
     assert (shown["n"] - shown["initial"]) / shown["elapsed"] < 1 / 0.1
+
+
+def test_a_curve_has_the_columns_of_looks_from_its_head_on(workplace: Path) -> None:
+    with tracking.Curve(Path("c.csv"), "dpo", 4) as curve:
+        for step in range(4):
+            look = {"validation/loss": 0.75} if step in (1, 3) else {}
+            curve.log({"step": step, "loss": 0.5, **look})
+    assert Path("c.csv").read_text() == (
+        "step,loss,validation/loss\n0,0.5,\n1,0.5,0.75\n2,0.5,\n3,0.5,0.75\n"
+    )

@@ -45,7 +45,12 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     COMPLETIONS.parent.mkdir()
     completions = {"prompt": [[1], [1], [1, 2]], "completion": [[3], [4, 5], [6, 7, 8]]}
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
-    pairs = {"chosen": [2, 0], "rejected": [1, 1], "preference": [1.0, 0.75]}
+    pairs = {
+        "split": ["train", "train"],
+        "chosen": [2, 0],
+        "rejected": [1, 1],
+        "preference": [1.0, 0.75],
+    }
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
     write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     reference = {"logps": [[-1.0], [-1.0, -2.0], [-1.0, -2.0, -4.0]]}
@@ -122,7 +127,7 @@ def real(
         return [generator.randrange(3, 259) for _ in range(generator.randint(least, most))]
 
     pairs = [
-        label.Written(tokens(2, 5), (tokens(1, 9), tokens(1, 9)), number % 2, 0.9)
+        label.Written("train", tokens(2, 5), (tokens(1, 9), tokens(1, 9)), number % 2, 0.9)
         for number in range(6)
     ]
     rows = [Row(*row) for pair in pairs for row in pair.rows(REVISING)]
@@ -132,7 +137,8 @@ def real(
     }
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
     sides = label.columns([pair.pointers(6 * i) for i, pair in enumerate(pairs)])
-    write_table(PAIRS, {**sides, "preference": [0.9] * 6}, PAIRS_SCHEMA)
+    pairs_table = {"split": ["train"] * 6, **sides, "preference": [0.9] * 6}
+    write_table(PAIRS, pairs_table, PAIRS_SCHEMA)
     revisions = label.columns([pair.revision_pointers(6 * i) for i, pair in enumerate(pairs)])
     write_table(REVISIONS, revisions, REVISIONS_SCHEMA)
     with torch.no_grad():
@@ -143,7 +149,8 @@ def real(
 
 
 def run_of(case: Case, sft_weight: float = 0.0) -> Run:
-    return Run(case.loss, case.hyperparameters, sft_weight, load_params().train, {})
+    params = load_params()
+    return Run(case.loss, case.hyperparameters, sft_weight, params.train, params.watch, {})
 
 
 def step_of(
@@ -311,7 +318,8 @@ def test_a_pair_likelier_than_the_policys_own_draws_weighs_one(
     assert (p[likeliest] * p[second]).item() > (p**2).sum().item() ** 2
     columns = {"prompt": [prompt, prompt], "completion": [[likeliest], [second]]}
     write_table(COMPLETIONS, columns, COMPLETIONS_SCHEMA)
-    write_table(PAIRS, {"chosen": [0], "rejected": [1], "preference": [1.0]}, PAIRS_SCHEMA)
+    pairs = {"split": ["train"], "chosen": [0], "rejected": [1], "preference": [1.0]}
+    write_table(PAIRS, pairs, PAIRS_SCHEMA)
     write_table(REFERENCE, {"logps": [[-1.0], [-1.0]]}, REFERENCE_SCHEMA)
     assert Evidence().batch("WeightedPairs", [0], [0], models).weight.tolist() == [1.0]
 
