@@ -136,6 +136,29 @@ def power(
     typer.echo(_or_exit(answer))
 
 
+@app.command()
+def serve_judge(
+    model: Annotated[str, typer.Argument(help="a causal LM: folder or hub id", metavar="MODEL")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="other counts give other bits")] = 1,
+) -> None:
+    """Serve a local model as a judge: OpenAI's chat completions on the loopback, without a key."""
+    from stages.serve_judge import serve
+
+    if dtype not in ("float32", "bfloat16"):
+        sys.exit(f"--dtype: no such dtype, got '{dtype}'; float32 or bfloat16")
+    _or_exit(lambda: serve(model, port=port, dtype=dtype, num_threads=threads, ready=typer.echo))
+
+
+@app.command()
+def judges() -> None:
+    """Say what each judge of params.yaml is and, of endpoints, what is still to ask and to pay."""
+    from stages.judge import estimates
+
+    typer.echo(_or_exit(estimates))
+
+
 def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)

@@ -68,6 +68,10 @@ def judgements_of(run: str) -> Path:
     return ROOT / "judgements" / f"{run}.parquet"
 
 
+def card_of(judge: str) -> Path:
+    return ROOT / "cards" / f"{judge}.json"
+
+
 def metrics_of(run: str) -> Path:
     return ROOT / "metrics" / f"{run}.json"
 
@@ -128,11 +132,17 @@ SAMPLES_SCHEMA = _schema(
 )
 JUDGEMENTS_SCHEMA = _schema(
     prompt=pa.int64(),
+    revision=pa.int8(),  # of the run's completion; the opponent's is always its first
     opponent=pa.string(),  # sft or gold
     judge=pa.string(),
-    verdict=pa.string(),  # policy, opponent or tie
-    policy_reward=pa.float32(),
+    verdict=pa.string(),  # policy, opponent, tie; or unparsed, refused, missing
+    policy_reward=pa.float32(),  # NaN of a judge that gives none
     opponent_reward=pa.float32(),
+    order_consistent=pa.bool_(),
+    policy_first=pa.string(),  # the verdict in each order, empty if it was not asked
+    opponent_first=pa.string(),
+    policy_first_reply=pa.string(),  # the judge's words, verbatim
+    opponent_first_reply=pa.string(),
 )
 
 

@@ -5,6 +5,7 @@ Its output never changes, so passing it again re-runs nothing; failing it stops 
 
 from stages import models, sampling
 from stages.artefacts import CHECKED, program, stage
+from stages.judges import check_judge
 from stages.params import load_params
 from stages.runs import bind, check_runs
 
@@ -16,6 +17,8 @@ def main() -> None:
     models.check(params.base)
     runs = [bind(params, name).optimiser for name in params.runs]
     models.check_trainable(params.base, [params.sft, *runs])
+    for name in set(params.evaluation.judges) & set(params.judges):
+        check_judge(params, name)
     with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:
         workspace.partial(CHECKED).write_text("params.yaml and the base model are sound\n")
 

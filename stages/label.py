@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages import judges
 from stages.artefacts import (
     CANDIDATES,
     CANDIDATES_SCHEMA,
@@ -32,6 +31,7 @@ from stages.artefacts import (
     stage,
 )
 from stages.params import Label, load_params
+from stages.rewards import load_reward
 from stages.templates import Templates, read_templates
 
 Table = Mapping[str, Column] | Mapping[str, Sequence[Any]]
@@ -160,7 +160,7 @@ def given(prompts: Table) -> Iterator[Written]:
 
 def judged(prompts: Table, candidates: Table, label: Label, seed: int) -> Iterator[Pair]:
     """Pairs of candidates; a prompt whose compared candidates have one reward gives none."""
-    reward = judges.reward(label.reward)
+    reward = load_reward(label.reward)
     coin = random.Random(seed)
     # Candidates of one prompt lie together.
     numbered = itertools.groupby(enumerate(candidates["prompt"]), key=lambda member: member[1])

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -161,6 +167,15 @@ def load_policy(name: str) -> PreTrainedModel:
         policy.tie_weights()
     torch.nn.Module.to(policy, device())
     return with_engine(policy.eval())
+
+
+def load_classifier(name: str) -> PreTrainedModel:
+    """A sequence classifier in float32 on the device, in eval mode."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        **_source(name), dtype=torch.float32, use_safetensors=True
+    )
+    torch.nn.Module.to(model, device())
+    return model.eval()
 
 
 def with_engine(policy: PreTrainedModel) -> PreTrainedModel:

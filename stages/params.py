@@ -5,6 +5,7 @@ the remedy. What a run may say is its loss's business: `stages.runs`.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType
@@ -33,6 +34,7 @@ Positive = Annotated[float, Field(gt=0)]
 # Names become stage names, file names and parts of commands, so their characters are few.
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Reward = Literal["vader", "textblob"]
+PROGRAMMATIC = ("vader", "textblob")
 # `last`, or a metric of a look: of the loss the lowest, of the others the highest.
 Select = Literal[
     "last", "validation/loss", "validation/rewards/accuracies", "validation/rewards/margins"
@@ -135,10 +137,75 @@ class Watching(Strict):
         return self.every is not None and self.num_generations > 0
 
 
+class Cost(Strict):
+    """Prices of a million tokens, and the most that a judge may cost in all, in one currency."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+    max: Positive
+
+
+class EndpointJudge(Strict):
+    """A model behind an OpenAI-compatible address; its key comes from the environment alone."""
+
+    kind: Literal["endpoint"]
+    model: str
+    base_url: str | None = None
+    key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")] = "OPENAI_API_KEY"
+    template: Name
+    orders: Literal["both", "one"] = "both"
+    max_calls: Count
+    cost: Cost | None = None
+    concurrency: Count = 8
+    timeout: Positive = 60.0
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    max_tokens: Count = 300
+
+
+class LocalJudge(Strict):
+    """A causal LM on this machine: the likelier of the two answers."""
+
+    kind: Literal["local"]
+    model: str
+    template: Name
+    orders: Literal["both", "one"] = "both"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    num_threads: Count = 1
+
+
+class RewardModelJudge(Strict):
+    """A sequence classifier; the text with the higher reward wins."""
+
+    kind: Literal["reward_model"]
+    model: str
+    num_threads: Count = 1
+
+
+class HumanJudge(Strict):
+    """People's votes: a folder with RUN.csv, of columns prompt, opponent and verdict."""
+
+    kind: Literal["human"]
+    votes: str
+
+
+Judge = EndpointJudge | LocalJudge | RewardModelJudge | HumanJudge
+JUDGES: dict[str, type[Judge]] = {
+    "endpoint": EndpointJudge,
+    "local": LocalJudge,
+    "reward_model": RewardModelJudge,
+    "human": HumanJudge,
+}
+
+
+class Exam(Strict):
+    source: str
+    num_items: Count
+
+
 class Evaluation(Strict):
     split: Literal["validation", "test"]
     temperature: Positive
-    judges: Annotated[list[Reward], Field(min_length=1)]
+    judges: Annotated[list[Name], Field(min_length=1)]
     num_resamples: Count
 
 
@@ -154,7 +221,38 @@ class Params(Strict):
     train: Optimiser
     watch: Watching
     runs: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    judges: dict[Name, dict[str, Any]]
+    exam: Exam
     evaluation: Evaluation
+
+    def judge(self, name: str) -> Judge:
+        """The declared judge called `name`."""
+        written = self.judges[name]
+        kind = written.get("kind")
+        if kind not in JUDGES:
+            raise ValueError(
+                f"judges.{name}.kind: no such kind of judge, got {kind!r}; "
+                f"known: {', '.join(JUDGES)}" + did_you_mean(str(kind), JUDGES)
+            )
+        return checked(JUDGES[kind], written, f"judges.{name}")
+
+    @model_validator(mode="after")
+    def _judges_are_known(self) -> "Params":
+        for name in self.judges:
+            if name in PROGRAMMATIC:
+                raise ValueError(
+                    f"judges.{name}: '{name}' is a programmatic judge's own name, got another "
+                    "judge of that name; rename it"
+                )
+            self.judge(name)
+        known = [*PROGRAMMATIC, *self.judges]
+        for name in self.evaluation.judges:
+            if name not in known:
+                raise ValueError(
+                    f"evaluation.judges: no such judge, got '{name}'; known: {', '.join(known)}"
+                    + did_you_mean(name, known)
+                )
+        return self
 
     @model_validator(mode="after")
     def _judges_include_the_gold_reward(self) -> "Params":
@@ -201,7 +299,9 @@ class PretrainFile(Strict):
 
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check everything but the runs' hyperparameters: `stages.runs.bind` does."""
-    return checked(Params, read_yaml(path), str(path))
+    tree = read_yaml(path)
+    _refuse_secrets(tree, [], path)
+    return checked(Params, tree, str(path))
 
 
 def load_pretrain(path: Path) -> Pretrain:
@@ -237,6 +337,31 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _refuse_repeated_keys(value, path)
+
+
+# What looks like a credential, by its name or by itself. The value is never shown.
+_SECRET_NAME = re.compile(
+    r"(?i)(.*(api_?key|secret|passw(or)?d|credential|authorization)|key|token)"
+)
+_SECRET = re.compile(
+    r"\b(sk|pk|rk|hf|gsk|xai|ghp|xox[bp])[-_][A-Za-z0-9_-]{16,}|\bAIza[\w-]{30,}|^Bearer |://[^/\s]*@"
+)
+
+
+def _refuse_secrets(tree: Any, place: list[str], path: Path) -> None:
+    """What stands in params.yaml goes into git, locks, reports and trackers."""
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for name, value in items:
+            _refuse_secrets(value, [*place, str(name)], path)
+    elif isinstance(tree, str) and (
+        _SECRET.search(tree) or (place and _SECRET_NAME.fullmatch(place[-1]))
+    ):
+        raise ValueError(
+            f"{path}: '{'.'.join(place)}' holds what looks like a secret, got a value that is not "
+            "shown; put it into an environment variable (OPENAI_API_KEY, or the judge's "
+            "key_variable) and take a new one if this was ever committed"
+        )
 
 
 def dump_yaml(tree: Any) -> str:

@@ -37,6 +37,9 @@ HOMES = {
     "trl": ["stages/oracle.py"],
     "peft": ["stages/models.py"],
     "vllm": ["stages/sampling.py"],
+    "openai": ["stages/endpoint.py"],
+    "fastapi": ["stages/serve_judge.py"],
+    "uvicorn": ["stages/serve_judge.py"],
 }
 # Parts that programs share; every other module of stages with a `main` is a program.
 SHARED = {"stages.params", "stages.artefacts", "stages.models", "stages.judges", "stages.tracking"}
@@ -165,7 +168,7 @@ def test_the_code_dependencies_hold_all_that_an_import_loads(
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("stages.judge", {"torch", "transformers", "mlflow"}),
+        ("stages.judge", {"torch", "transformers", "mlflow", "openai"}),
         ("stages.evaluate", {"torch", "transformers", "mlflow"}),
         ("stages.compare", {"torch", "transformers", "mlflow", "statsmodels"}),
         ("prefopt.statistics.power", {"torch", "numpy", "scipy", "statsmodels"}),

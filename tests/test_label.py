@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stages import judges, label
+from stages import label
 from stages.artefacts import (
     CANDIDATES,
     CANDIDATES_SCHEMA,
@@ -26,6 +26,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.params import Label
+from stages.rewards import load_reward
 from stages.templates import Template, Templates, write_templates
 
 TEXTS = [
@@ -67,7 +68,7 @@ def judged(
 
 def test_the_best_goes_against_the_worst_of_its_own_prompt() -> None:
     groups = [list(group) for group in itertools.permutations(TEXTS, 3)]
-    pairs, reward = judged(groups, "best_against_worst"), judges.reward("vader")
+    pairs, reward = judged(groups, "best_against_worst"), load_reward("vader")
     for number, (group, pair) in enumerate(zip(groups, pairs, strict=True)):
         rewards = [reward("A review." + text) for text in group]
         assert pair.chosen == 3 * number + rewards.index(max(rewards))
@@ -85,7 +86,7 @@ def test_ties_give_no_pair(method: str) -> None:
 def test_bradley_terry_prefers_as_often_as_the_sigmoid_says(scale: float) -> None:
     count = 4000
     pairs = judged([[TEXTS[1], TEXTS[3]]] * count, "bradley_terry", scale)
-    reward = judges.reward("vader")
+    reward = load_reward("vader")
     gap = reward("A review." + TEXTS[1]) - reward("A review." + TEXTS[3])
     expected = 1 / (1 + math.exp(-gap / scale))
     good_won = [pair.chosen % 2 == 0 for pair in pairs]
