@@ -60,6 +60,7 @@ class Moved:
         chosen_reference: log pi_ref(y_w|x), nats.
         rejected_reference: log pi_ref(y_l|x), nats.
         chosen_tokens: tokens of y_w.
+        rejected_tokens: tokens of y_l.
     """
 
     chosen: Float[np.ndarray, " pairs"]
@@ -67,6 +68,7 @@ class Moved:
     chosen_reference: Float[np.ndarray, " pairs"]
     rejected_reference: Float[np.ndarray, " pairs"]
     chosen_tokens: Int[np.ndarray, " pairs"]
+    rejected_tokens: Int[np.ndarray, " pairs"]
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,15 @@ REVISIONS_SCHEMA = _schema(
     rejected_given_chosen=pa.int64(),
 )
 REFERENCE_SCHEMA = _schema(logps=_NATS)
-LOGRATIOS_SCHEMA = _schema(chosen=pa.float32(), rejected=pa.float32())
+# Of a pair, row for row with `pairs`: u = logp - reference_logp, and what it is relative to.
+LOGRATIOS_SCHEMA = _schema(
+    chosen=pa.float32(),
+    rejected=pa.float32(),
+    chosen_reference=pa.float32(),
+    rejected_reference=pa.float32(),
+    chosen_tokens=pa.int32(),
+    rejected_tokens=pa.int32(),
+)
 # What a run writes while it trains.
 GENERATIONS_SCHEMA = _schema(
     step=pa.int64(),  # after it

@@ -10,17 +10,9 @@ from jaxtyping import Float
 from prefopt.statistics.comparison import compare
 from prefopt.statistics.intervals import cells, points
 from prefopt.statistics.ratings import Games, ratings
-from stages.artefacts import (
-    COMPARISON,
-    JUDGEMENTS_SCHEMA,
-    judgements_of,
-    program,
-    read_table,
-    stage,
-)
+from stages.artefacts import COMPARISON, PROMPTS, judgements_of, program, stage
 from stages.params import load_params
-
-Table = dict[str, list[Any]]
+from stages.verdicts import Table, judgements, prompts_of, questions
 
 
 def main() -> None:
@@ -28,11 +20,17 @@ def main() -> None:
     num_resamples, seed = params.evaluation.num_resamples, params.compute.seed
     with stage(
         "compare",
-        inputs=[judgements_of(name) for name in params.runs],
+        inputs=[PROMPTS, *(judgements_of(name) for name in params.runs)],
         outputs=[COMPARISON],
-        params={"runs": params.runs, "num_resamples": num_resamples, "seed": seed},
+        params={
+            "runs": params.runs,
+            "split": params.evaluation.split,
+            "num_resamples": num_resamples,
+            "seed": seed,
+        },
     ) as workspace:
-        tables = {name: read_table(judgements_of(name), JUDGEMENTS_SCHEMA) for name in params.runs}
+        prompts = prompts_of(params.evaluation.split)
+        tables = {name: judgements(name, prompts) for name in params.runs}
         found = {
             "win_rate": differences(tables, families(params.runs), num_resamples, seed),
             "ratings": elo(tables, num_resamples, seed),
@@ -59,7 +57,7 @@ def differences(
         ValueError: if runs were not judged on the same prompts.
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for opponent, judge in _questions(tables):
+    for opponent, judge in questions(tables.values()):
         values = {
             family: _cells([_rows(tables[name], opponent, judge) for name in names])
             for family, names in families.items()
@@ -77,11 +75,11 @@ def differences(
 
 def elo(tables: dict[str, Table], num_resamples: int, seed: int) -> dict[str, dict[str, Any]]:
     """Judge -> run or opponent -> Elo, that of SFT being 1000."""
-    opponents = [opponent for opponent, _ in _questions(tables)]
+    opponents = [opponent for opponent, _ in questions(tables.values())]
     names = list(dict.fromkeys([*opponents, *tables]))
     place = {name: number for number, name in enumerate(names)}
     found: dict[str, dict[str, Any]] = {}
-    for judge in dict.fromkeys(judge for _, judge in _questions(tables)):
+    for judge in dict.fromkeys(judge for _, judge in questions(tables.values())):
         rows = [
             (place[name], place[opponent], verdict, prompt)
             for name, table in tables.items()
@@ -95,17 +93,6 @@ def elo(tables: dict[str, Table], num_resamples: int, seed: int) -> dict[str, di
         rated = ratings(games, anchor="sft", seed=seed, num_resamples=num_resamples)
         found[judge] = {name: _rounded(asdict(rating)) for name, rating in rated.items()}
     return found
-
-
-def _questions(tables: dict[str, Table]) -> list[tuple[str, str]]:
-    """Opponents and judges as they first come up."""
-    return list(
-        dict.fromkeys(
-            pair
-            for table in tables.values()
-            for pair in zip(table["opponent"], table["judge"], strict=True)
-        )
-    )
 
 
 def _rows(table: Table, opponent: str, judge: str) -> tuple[list[str], list[int]]:

@@ -3,20 +3,28 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
 
+from prefopt.diagnostics import (
+    Finding,
+    Moved,
+    Written,
+    by_decile,
+    degeneration_findings,
+    displacement_findings,
+)
 from prefopt.metrics import displacement, distinct
-from prefopt.statistics.intervals import points, win_rate
+from prefopt.statistics.intervals import cells, complete, points, win_rate
 from prefopt.statistics.length import length_controlled
 from stages.artefacts import (
-    JUDGEMENTS_SCHEMA,
     LOGRATIOS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
+    TEMPLATES,
     judgements_of,
     logratios_of,
     metrics_of,
@@ -26,7 +34,12 @@ from stages.artefacts import (
     stage,
 )
 from stages.params import load_params
+from stages.templates import read_templates
 from stages.tracking import track_evaluation
+from stages.verdicts import Table, judgements, prompts_of, questions, rows_where, samples
+
+SIDES = ("chosen", "rejected")
+NUM_BOOTSTRAP = 20  # evaluations of a revision, as Choi et al. 2024 draw their bands
 
 
 def main() -> None:
@@ -34,16 +47,17 @@ def main() -> None:
     parser.add_argument("run")
     name = parser.parse_args().run
     params = load_params()
-    evaluation = params.evaluation
+    evaluation, seed = params.evaluation, params.compute.seed
     relevant = {
         "evaluation": evaluation.model_dump(),
         "gold": params.label.reward,
-        "seed": params.compute.seed,
+        "seed": seed,
     }
     with stage(
         f"evaluate@{name}",
         inputs=[
             PROMPTS,
+            TEMPLATES,
             judgements_of(name),
             samples_of(name),
             samples_of("sft"),
@@ -52,38 +66,49 @@ def main() -> None:
         outputs=[metrics_of(name)],
         params=relevant,
     ) as workspace:
+        prompts = prompts_of(evaluation.split)
+        ours, theirs = samples(name, prompts), samples("sft", prompts)
+        judged = judgements(name, prompts)
+        logratios = {
+            column: np.array(values)
+            for column, values in read_table(logratios_of(name), LOGRATIOS_SCHEMA).items()
+        }
         metrics = {
-            **win_rates(name, evaluation.num_resamples, params.compute.seed),
-            **sample_metrics(name, params.label.reward),
-            "displacement": displaced(name),
+            **win_rates(judged, ours, theirs, evaluation.num_resamples, seed),
+            **sample_metrics(judged, ours, theirs, params.label.reward),
+            "displacement": _rounded(
+                asdict(displacement(logratios["chosen"], logratios["rejected"]))
+            ),
+            "findings": [_finding(found) for found in findings(logratios, ours, theirs)],
+            "deciles": deciles(logratios),
+            **revisions(name, evaluation.split, seed),
         }
         text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
         workspace.partial(metrics_of(name)).write_text(text)
     track_evaluation(name, recipe=params.recipe, metrics=flatten(metrics))
 
 
-def win_rates(name: str, num_resamples: int, seed: int) -> dict[str, Any]:
+def win_rates(
+    judged: Table, ours: Table, theirs: Table, num_resamples: int, seed: int
+) -> dict[str, Any]:
     """Win rates and length-controlled ones: opponent -> judge -> estimate.
 
     Where length cannot be told from quality, the reason stands in the estimate's place.
     """
-    judgements = read_table(judgements_of(name), JUDGEMENTS_SCHEMA)
-    ours, theirs = _lengths(samples_of(name)), {"sft": _lengths(samples_of("sft"))}
-    theirs["gold"] = dict(enumerate(map(len, read_table(PROMPTS, PROMPTS_SCHEMA)["gold_tokens"])))
-    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for opponent, judge, *row in zip(
-        *(judgements[key] for key in ("opponent", "judge", "prompt", "verdict")), strict=True
-    ):
-        found.setdefault((opponent, judge), []).append((row[0], row[1]))
+    gold_tokens = read_table(PROMPTS, PROMPTS_SCHEMA)["gold_tokens"]
+    lengths = {"sft": _lengths(theirs), "gold": dict(enumerate(map(len, gold_tokens)))}
+    our_lengths = _lengths(ours)
     rates: dict[str, dict[str, Any]] = {}
     controlled: dict[str, dict[str, Any]] = {}
-    for (opponent, judge), rows in found.items():
-        prompts = np.array([prompt for prompt, _ in rows])
-        verdicts = [verdict for _, verdict in rows]
+    for opponent, judge in questions([judged]):
+        rows = rows_where(judged, opponent=opponent, judge=judge)
+        prompts, verdicts = np.array(rows["prompt"]), rows["verdict"]
         counts = {key: verdicts.count(key) for key in ("policy", "opponent", "tie")}
         estimate = win_rate(points(verdicts), prompts)
         rates.setdefault(opponent, {})[judge] = _rounded(asdict(estimate)) | counts
-        longer = np.array([ours[prompt] - theirs[opponent][prompt] for prompt, _ in rows])
+        longer = np.array(
+            [our_lengths[prompt] - lengths[opponent][prompt] for prompt in rows["prompt"]]
+        )
         try:
             estimate = length_controlled(
                 points(verdicts), longer, prompts, seed=seed, num_resamples=num_resamples
@@ -95,64 +120,120 @@ def win_rates(name: str, num_resamples: int, seed: int) -> dict[str, Any]:
     return {"win_rate": rates, "length_controlled": controlled}
 
 
-def _lengths(samples: Path) -> dict[int, int]:
+def _lengths(table: Table) -> dict[int, int]:
     """Prompt -> tokens of its completion."""
-    table = read_table(samples, SAMPLES_SCHEMA)
     return dict(zip(table["prompt"], map(len, table["tokens"]), strict=True))
 
 
-def sample_metrics(name: str, gold: str) -> dict[str, float]:
+def sample_metrics(judged: Table, ours: Table, theirs: Table, gold: str) -> dict[str, float]:
     """What a run's samples say of its policy.
 
     `kl` is the Monte-Carlo estimate of KL(policy || reference) in nats a sequence;
     `nll_under_sft` is nats a token, beside SFT's own.
     """
-    samples = read_table(samples_of(name), SAMPLES_SCHEMA)
-    sft = read_table(samples_of("sft"), SAMPLES_SCHEMA)
-    judgements = read_table(judgements_of(name), JUDGEMENTS_SCHEMA)
-    rewards = [
-        reward
-        for reward, judge, opponent in zip(
-            judgements["policy_reward"], judgements["judge"], judgements["opponent"], strict=True
-        )
-        if judge == gold and opponent == "sft"
-    ]
-    logratio = np.array(samples["logp"]) - np.array(samples["reference_logp"])
-    lengths = [len(tokens) for tokens in samples["tokens"]]
-    sft_lengths = [len(tokens) for tokens in sft["tokens"]]
+    rewards = rows_where(judged, judge=gold, opponent="sft")["policy_reward"]
+    logratio = np.array(ours["logp"]) - np.array(ours["reference_logp"])
+    lengths = [len(tokens) for tokens in ours["tokens"]]
+    sft_lengths = [len(tokens) for tokens in theirs["tokens"]]
     return _rounded(
         {
             "kl": float(logratio.mean()),
             "kl_standard_error": float(logratio.std(ddof=1) / len(logratio) ** 0.5),
             "reward": float(np.mean(rewards)),
             "length": float(np.mean(lengths)),
-            "distinct_2": distinct(samples["tokens"], 2),
-            "nll_under_sft": -sum(samples["reference_logp"]) / sum(lengths),
-            "nll_of_sft": -sum(sft["reference_logp"]) / sum(sft_lengths),
+            "distinct_2": distinct(ours["tokens"], 2),
+            "nll_under_sft": -sum(ours["reference_logp"]) / sum(lengths),
+            "nll_of_sft": -sum(theirs["reference_logp"]) / sum(sft_lengths),
         }
     )
 
 
-def displaced(name: str) -> dict[str, float]:
-    logratios = read_table(logratios_of(name), LOGRATIOS_SCHEMA)
-    return _rounded(
-        asdict(displacement(np.array(logratios["chosen"]), np.array(logratios["rejected"])))
+def findings(logratios: dict[str, np.ndarray], ours: Table, theirs: Table) -> list[Finding]:
+    """Displacement of the training pairs, degeneration of the samples."""
+    eos = read_templates().eos
+    moved = Moved(**logratios)
+    return [
+        *displacement_findings(moved),
+        *degeneration_findings(_written(ours, eos), _written(theirs, eos)),
+    ]
+
+
+def _written(table: Table, eos: int) -> Written:
+    return Written(
+        tokens=table["tokens"],
+        logp=np.array(table["logp"]),
+        ended=np.array([tokens[-1:] == [eos] for tokens in table["tokens"]]),
     )
 
 
+def _finding(found: Finding) -> dict[str, Any]:
+    return _rounded(asdict(found)) | {"remedies": list(found.remedies)}
+
+
+def deciles(logratios: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Median log-ratios, nats, in tenths of the pairs: grouped by -> side -> (place, median).
+
+    By the completion's own tokens, and by the margin, where the pair stands.
+    """
+    margin = logratios["chosen"] - logratios["rejected"]
+    by = {
+        "length": {side: logratios[f"{side}_tokens"].astype(float) for side in SIDES},
+        "margin": dict.fromkeys(SIDES, margin),
+    }
+    return {
+        grouped: {
+            side: [
+                [round(place, 6), round(median, 6)]
+                for place, median in by_decile(logratios[side], of_side[side])
+            ]
+            for side in SIDES
+        }
+        for grouped, of_side in by.items()
+    }
+
+
+def revisions(name: str, split: str, seed: int) -> dict[str, Any]:
+    """Win rates of every revision on both splits: split -> revision -> opponent -> judge.
+
+    `bootstrap_mean` and `bootstrap_deviation` are those of 20 evaluations on resampled prompts:
+    the bands of Choi et al. 2024 (arXiv:2406.01660), beside which stands the interval.
+    Nothing where completions were not revised and no split is shifted.
+    """
+    count = max(read_table(samples_of(name), SAMPLES_SCHEMA)["revision"]) + 1
+    splits = {key: rows for key in (split, "shifted") if (rows := prompts_of(key))}
+    if count == 1 and len(splits) == 1:
+        return {}
+    found: dict[str, Any] = {}
+    for (key, prompts), revision in product(splits.items(), range(count)):
+        judged = judgements(name, prompts, revision)
+        for opponent, judge in questions([judged]):
+            rows = rows_where(judged, opponent=opponent, judge=judge)
+            worth, numbers = points(rows["verdict"]), np.array(rows["prompt"])
+            estimate = asdict(win_rate(worth, numbers))
+            values = complete(cells(worth, numbers)).mean(0)
+            random = np.random.default_rng(seed)
+            drawn = random.integers(len(values), size=(NUM_BOOTSTRAP, len(values)))
+            means = values[drawn].mean(1)
+            estimate["bootstrap_mean"] = float(means.mean())
+            estimate["bootstrap_deviation"] = float(means.std(ddof=1))
+            by_opponent = found.setdefault(key, {}).setdefault(str(revision), {})
+            by_opponent.setdefault(opponent, {})[judge] = _rounded(estimate)
+    return {"revisions": found}
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers under slash-separated names; words are left out."""
+    """Nested numbers under slash-separated names; words and lists are left out."""
     flat: dict[str, float] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
-        elif not isinstance(value, str):
+        elif not isinstance(value, str | list):
             flat[prefix + key] = float(value)
     return flat
 
 
-def _rounded(values: dict[str, float]) -> dict[str, Any]:
-    return {key: round(value, 6) for key, value in values.items()}
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
     judgements_of,
+    map_table,
     program,
     read_table,
     samples_of,

@@ -285,7 +285,7 @@ def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 def logratios_after(
     policy: models.PreTrainedModel, evidence: Evidence, pairs: Sequence[int], compute: Compute
 ) -> dict[str, list[float]]:
-    """Log-ratios of both sides of pairs under the trained policy, in nats."""
+    """Log-ratios of both sides of pairs under the trained policy, in nats, and what they rest on."""
     rows = evidence.sides(pairs)
     used = sorted(set(rows))
     logps = score(
@@ -295,11 +295,14 @@ def logratios_after(
         compute_dtype=models.DTYPES[compute.dtype],
         progress=lambda _: None,
     )
-    logratio = {
-        row: sum(logp) - sum(evidence.reference[row]) for row, logp in zip(used, logps, strict=True)
-    }
-    values = [logratio[row] for row in rows]
-    return {"chosen": values[: len(pairs)], "rejected": values[len(pairs) :]}
+    after = {row: sum(logp) for row, logp in zip(used, logps, strict=True)}
+    columns: dict[str, list[float]] = {}
+    for side, of_side in (("chosen", rows[: len(pairs)]), ("rejected", rows[len(pairs) :])):
+        before = [sum(evidence.reference[row]) for row in of_side]
+        columns[side] = [after[row] - logp for row, logp in zip(of_side, before, strict=True)]
+        columns[f"{side}_reference"] = before
+        columns[f"{side}_tokens"] = [len(evidence.reference[row]) for row in of_side]
+    return columns
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def moved(chosen: list[float], rejected: list[float]) -> Moved:
         chosen_reference=np.full(pairs, -10.0),
         rejected_reference=np.full(pairs, -12.0),
         chosen_tokens=np.full(pairs, 8),
+        rejected_tokens=np.full(pairs, 8),
     )
 
 

@@ -62,7 +62,8 @@ def runs_of(client: MlflowClient) -> list[Run]:
 
 def write_logratios(run: str = "dpo") -> None:
     logratios_of(run).parent.mkdir(parents=True, exist_ok=True)
-    write_table(logratios_of(run), {"chosen": [0.5], "rejected": [-0.5]}, LOGRATIOS_SCHEMA)
+    columns = {name: [1] for name in LOGRATIOS_SCHEMA.names}
+    write_table(logratios_of(run), columns, LOGRATIOS_SCHEMA)
 
 
 def train(run: str = "dpo", steps: int = 3) -> None:

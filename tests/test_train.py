@@ -337,6 +337,8 @@ def test_log_ratios_are_the_trained_policys_against_the_stored_reference(
             (logps,) = token_logps(models.policy, [evidence.rows[row]])
             expected = logps.sum().item() - sum(evidence.reference[row])
             assert found[side][place] == pytest.approx(expected, rel=1e-4)
+            assert found[f"{side}_reference"][place] == sum(evidence.reference[row])
+            assert found[f"{side}_tokens"][place] == len(evidence.rows[row].completion)
 
 
 def test_sequential_kls_are_those_of_the_next_token_summed(real: tuple[Evidence, Models]) -> None:
