@@ -22,8 +22,10 @@ from prefopt.packing import Row
 from prefopt.scoring import token_logps
 from stages import models
 from stages.params import load_params
-from stages.prepare import first_of_each_prompt, read_reviews
+from stages.prepare import first_of_each_prompt
+from stages.sources import read_texts
 
+REVIEWS = Path("data/reviews.json")
 OUT = Path(__file__).parent / "results/generation-cpu.json"
 ROUNDS = 3
 # Optimiser steps of SFT, after which completions end where the reviews' sentences do.
@@ -56,7 +58,7 @@ class Contestants:
     """The same weights under two attentions: `generate` pads, so it needs a model with masks."""
 
     ours: PreTrainedModel
-    theirs: PreTrainedModel
+    theirs: Any
     eos: int
     pad: int
 
@@ -132,7 +134,7 @@ def tuned(base: str, rows: Sequence[Row], directory: Path) -> None:
 
 
 def rows_of_reviews(base: str, prompt_words: int, longest: int) -> list[Row]:
-    texts = list(first_of_each_prompt(list(read_reviews(prompt_words))))
+    texts = list(first_of_each_prompt(read_texts(REVIEWS, prompt_words)))
     tokenizer = models.load_tokenizer(base)
 
     def ids(column: list[str]) -> list[list[int]]:

@@ -284,8 +284,8 @@ def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 def logratios_after(
     policy: models.PreTrainedModel, evidence: Evidence, pairs: Sequence[int], compute: Compute
-) -> dict[str, list[float]]:
-    """Log-ratios of both sides of pairs under the trained policy, in nats, and what they rest on."""
+) -> dict[str, Any]:
+    """Log-ratios of both sides of pairs under the trained policy in nats, and what they rest on."""
     rows = evidence.sides(pairs)
     used = sorted(set(rows))
     logps = score(
@@ -296,7 +296,7 @@ def logratios_after(
         progress=lambda _: None,
     )
     after = {row: sum(logp) for row, logp in zip(used, logps, strict=True)}
-    columns: dict[str, list[float]] = {}
+    columns: dict[str, Any] = {}
     for side, of_side in (("chosen", rows[: len(pairs)]), ("rejected", rows[len(pairs) :])):
         before = [sum(evidence.reference[row]) for row in of_side]
         columns[side] = [after[row] - logp for row, logp in zip(of_side, before, strict=True)]
