@@ -70,20 +70,23 @@ def attend(
         output = _rows(query, key, value, attention_mask, special)
     else:
         layout.calls += 1
+        # By slots, whose numbers lie together in memory.
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         parts = [
             _rows(
-                _gathered(query, slots),
-                _gathered(key, slots),
-                _gathered(value, slots),
+                _gathered(query, tile.queries),
+                _gathered(key, tile.keys),
+                _gathered(value, tile.keys),
                 None,
                 special,
+                tile.first,
             )
-            .transpose(0, 1)
-            .flatten(1, 2)
-            for slots in layout.tiles
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for tile in layout.tiles
         ]
-        # Heads first; every slot is taken from the one place in the tiles that is its own.
-        output = torch.cat(parts, 1).index_select(1, layout.home)[None]
+        # Every slot is taken from the one place in the tiles that is its own.
+        return torch.cat(parts).index_select(0, layout.home)[None], None
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -115,27 +118,29 @@ def _decoded(
 
 
 def _gathered(
-    x: Float[Tensor, "1 heads slots width"], slots: Int[Tensor, "rows time"]
-) -> Float[Tensor, "rows heads time width"]:
-    """Rows of slots out of the packed row, as a batch of their own."""
-    rows = x[0].index_select(1, slots.flatten())
-    return rows.view(x.shape[1], *slots.shape, x.shape[3]).transpose(0, 1)
+    x: Float[Tensor, "slots heads width"], slots: Int[Tensor, "lines time"]
+) -> Float[Tensor, "lines heads time width"]:
+    """Lines of slots out of the packed row, as a batch of their own."""
+    return x.index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2)
 
 
 def _rows(
-    query: Queries, key: Keys, value: Values, mask: Tensor | None, special: _Special
+    query: Queries,
+    key: Keys,
+    value: Values,
+    mask: Tensor | None,
+    special: _Special,
+    first: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch heads time value_width"]:
-    """Causal attention within each row of a batch; keys may be older than the first query."""
+    """Causal attention within each row of a batch; keys may be older than the first query.
+
+    `first` are the first queries' places among the keys; without it the last query has the last key.
+    """
     time, keys = query.shape[2], key.shape[2]
     if mask is not None:
         allowed = mask[..., :keys]
-    elif special.window is not None and special.window < keys:
-        ages = torch.arange(keys - time, keys)[:, None] - torch.arange(keys)
-        allowed = ((ages >= 0) & (ages < special.window)).to(query.device)
-    elif 1 < time < keys:
-        allowed = torch.ones(time, keys, dtype=torch.bool, device=query.device).tril(keys - time)
     else:
-        allowed = None
+        allowed = _allowed(time, keys, first, special.window, query.device)
     if special.softcap is not None or special.sinks is not None:
         return _written_out(query, key, value, allowed, special)
     return F.scaled_dot_product_attention(
@@ -146,6 +151,20 @@ def _rows(
         is_causal=allowed is None and time > 1,
         scale=special.scaling,
     )
+
+
+def _allowed(
+    time: int, keys: int, first: Tensor | None, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Which keys a query sees; None where plain causality says it."""
+    if first is None and not (1 < time < keys or (window is not None and window < keys)):
+        return None
+    if first is None:
+        first = torch.tensor([keys - time], device=device)
+    # Padding beyond the keys looks from the last of them: a query that sees nothing gives no number.
+    places = (first[:, None] + torch.arange(time, device=device)).clamp(max=keys - 1)
+    ages = places[:, None, :, None] - torch.arange(keys, device=device)
+    return (ages >= 0) & (ages < (keys if window is None else window))
 
 
 def _written_out(

@@ -92,14 +92,15 @@ class _TargetLogps(torch.autograd.Function):
         for h, t, norm, g, into in pieces:
             logits = _logits(h, weight, bias, ctx.compute_dtype) if kept is None else kept
             # d logp/d logits = one-hot of the target - softmax.
-            slopes = logits.sub_(norm[:, None]).exp_().neg_()
-            slopes[torch.arange(len(t), device=t.device), t] += 1
-            slopes *= g[:, None]
+            slopes = logits.sub_(norm[:, None]).exp_().mul_(-g[:, None])
+            slopes[torch.arange(len(t), device=t.device), t] += g
             if into_bias is not None:
                 into_bias += slopes.sum(0)
             slopes = _cast(slopes, ctx.compute_dtype)
             into.copy_(slopes @ _cast(weight, slopes.dtype))
-            if into_weight is not None:
+            if into_weight is not None and slopes.dtype == into_weight.dtype:
+                into_weight.addmm_(slopes.T, h)  # takes no buffer for the product
+            elif into_weight is not None:
                 into_weight += slopes.T @ _cast(h, slopes.dtype)
         return into_hidden, into_weight, into_bias, None, None
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# Rows of one tile of attention are padded to its longest, which may be longer than the shortest by
-# this share and these slots: fewer tiles against less padding.
-SLACK_SHARE = 0.15
-SLACK_SLOTS = 8
+# A tile's padding may add this share to the pairs of a query and a key that its lines need, and so
+# many a line: fewer tiles against less padding.
+SLACK_SHARE = 0.3
+SLACK_PAIRS = 1024
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,28 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Lines of like size that attend as one batch, as slots.
+
+    A line is a row, or only its completion, whose queries see the prompt that another line computes.
+    Shorter lines are padded at their end with slot 0, which no real query sees.
+
+    Args:
+        queries: the slots that look.
+        keys: the slots that they see: their row from its beginning.
+        first: places of the first queries among the keys; None where lines are rows, and it is 0.
+    """
+
+    queries: Int[Tensor, "lines time"]
+    keys: Int[Tensor, "lines keys"]
+    first: Int[Tensor, " lines"] | None
+
+    def to(self, device: torch.device) -> "Tile":
+        first = None if self.first is None else self.first.to(device)
+        return Tile(self.queries.to(device), self.keys.to(device), first)
 
 
 @dataclass
@@ -38,9 +60,8 @@ class Layout:
         predictors: for every completion token, row by row, the slot whose output predicts it.
         targets: those completion tokens.
         lengths: completion tokens of each row.
-        tiles: for attention, the slots of rows of like length, shorter ones padded at their end
-            with slot 0, which no real query sees.
-        home: for every slot, its one place among the tiles laid end to end.
+        tiles: for attention; every slot looks in at least one of them.
+        home: for every slot, its one place among the tiles' queries laid end to end.
         calls: how many layers have attended by this layout.
     """
 
@@ -49,7 +70,7 @@ class Layout:
     predictors: Int[Tensor, " targets"]
     targets: Int[Tensor, " targets"]
     lengths: list[int]
-    tiles: list[Int[Tensor, "_ _"]]
+    tiles: list[Tile]
     home: Int[Tensor, " slots"]
     calls: int = field(default=0)
 
@@ -83,6 +104,8 @@ def packed(rows: Sequence[Row]) -> Layout:
     positions: list[int] = []
     slots: list[list[int]] = [[] for _ in rows]
     groups: dict[tuple[int, ...], list[int]] = {}
+    whole: list[_Line] = []
+    tails: list[_Line] = []
     for number, row in enumerate(rows):
         groups.setdefault(tuple(row.prompt), []).append(number)
     for prompt, members in groups.items():
@@ -94,10 +117,18 @@ def packed(rows: Sequence[Row]) -> Layout:
             slots[number] = [*trunk, *range(len(tokens), len(tokens) + len(fed))]
             tokens += fed
             positions += range(len(prompt), len(prompt) + len(fed))
+        longest = max(members, key=lambda number: len(slots[number]))
+        for number in members:
+            line = _Line(slots[number], 0 if number == longest else len(prompt))
+            # A tail spares the prompt's queries, a row the half of the pairs that causality rules out.
+            if number == longest or line.time >= len(prompt):
+                whole.append(_Line(slots[number], 0))
+            elif line.time:
+                tails.append(line)
     predictors = [
         slot for number, row in enumerate(rows) for slot in slots[number][len(row.prompt) - 1 :]
     ]
-    tiles, home = _tiled(slots, len(tokens))
+    tiles = [*_tiled(whole), *_tiled(tails)]
     return Layout(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
@@ -105,30 +136,67 @@ def packed(rows: Sequence[Row]) -> Layout:
         targets=torch.tensor([token for row in rows for token in row.completion]),
         lengths=[len(row.completion) for row in rows],
         tiles=tiles,
-        home=home,
+        home=_homes(tiles, len(tokens)),
     )
 
 
-def _tiled(rows: list[list[int]], num_slots: int) -> tuple[list[Tensor], Tensor]:
-    """Tiles of rows of like length, and each slot's place in them."""
-    tiles: list[Tensor] = []
+@dataclass(frozen=True)
+class _Line:
+    """Slots of a row, and from which on they look."""
+
+    slots: list[int]
+    first: int
+
+    @property
+    def time(self) -> int:
+        return len(self.slots) - self.first
+
+
+def _tiled(lines: list[_Line]) -> list[Tile]:
+    tiles: list[Tile] = []
+    chosen: list[_Line] = []
+    for line in sorted(lines, key=lambda line: (len(line.slots), line.time)):
+        if chosen and not _alike([*chosen, line]):
+            tiles.append(_tile(chosen))
+            chosen = []
+        chosen.append(line)
+    return [*tiles, _tile(chosen)] if chosen else tiles
+
+
+def _alike(lines: list[_Line]) -> bool:
+    """Whether padding costs less than another tile would."""
+    needed = sum(line.time * len(line.slots) for line in lines)
+    padded = len(lines) * max(line.time for line in lines) * max(len(line.slots) for line in lines)
+    return padded <= (1 + SLACK_SHARE) * needed + SLACK_PAIRS * len(lines)
+
+
+def _tile(lines: list[_Line]) -> Tile:
+    first = torch.tensor([line.first for line in lines])
+    return Tile(
+        _padded([line.slots[line.first :] for line in lines]),
+        _padded([line.slots for line in lines]),
+        first if first.any() else None,
+    )
+
+
+def _padded(lines: list[list[int]]) -> Int[Tensor, "lines longest"]:
+    padded = torch.zeros(len(lines), max(map(len, lines)), dtype=torch.long)
+    for into, line in zip(padded, lines, strict=True):
+        into[: len(line)] = torch.tensor(line)
+    return padded
+
+
+def _homes(tiles: list[Tile], num_slots: int) -> Int[Tensor, " slots"]:
     home = torch.empty(num_slots, dtype=torch.long)
-    order = sorted(rows, key=len)
-    start = place = 0
-    while start < len(order):
-        longest = max(len(order[start]) * (1 + SLACK_SHARE), len(order[start]) + SLACK_SLOTS)
-        end = start
-        while end < len(order) and len(order[end]) <= longest:
-            end += 1
-        tile = torch.zeros(end - start, len(order[end - 1]), dtype=torch.long)
-        for line, row in zip(tile, order[start:end], strict=True):
-            line[: len(row)] = torch.tensor(row)
+    place = 0
+    for tile in tiles:
+        for line in tile.queries:
+            # Slot 0 can only be the first of a line, or padding.
+            real = line[: 1 + int(line[1:].count_nonzero())]
             # A shared prompt's slots are at home in each of its rows alike: any will do.
-            home[line[: len(row)]] = torch.arange(place, place + len(row))
-            place += tile.shape[1]
-        tiles.append(tile)
-        start = end
-    return tiles, home
+            home[real] = torch.arange(place, place + len(real))
+            place += len(line)
+    return home
 
 
 class Steps:

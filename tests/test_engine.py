@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from prefopt import head
 from prefopt.attention import NAME, attend
 from prefopt.generation import sample
-from prefopt.packing import SLACK_SHARE, SLACK_SLOTS, Row, packed, slots_of
+from prefopt.packing import SLACK_PAIRS, SLACK_SHARE, Row, Tile, packed, slots_of
 from prefopt.scoring import (
     batches,
     packs,
@@ -466,13 +466,23 @@ def rows_of(pairs: Pairs) -> list[Row]:
     return [Row(*pair) for pair in pairs]
 
 
-def lines(rows: Sequence[Row]) -> list[list[int]]:
-    """Slots of every line of every tile, without the padding: slot 0 only ever comes first."""
+class Line(NamedTuple):
+    """Slots of a tile's line without the padding, and which of them look."""
+
+    keys: list[int]
+    queries: list[int]
+
+
+def lines_of(tile: Tile) -> list[Line]:
+    """Slot 0 is padding unless it comes first."""
     return [
-        [line[0], *(slot for slot in line[1:] if slot)]
-        for tile in packed(rows).tiles
-        for line in tile.tolist()
+        Line(*([line[0], *(slot for slot in line[1:] if slot)] for line in pair))
+        for pair in zip(tile.keys.tolist(), tile.queries.tolist(), strict=True)
     ]
+
+
+def lines(rows: Sequence[Row]) -> list[Line]:
+    return [line for tile in packed(rows).tiles for line in lines_of(tile)]
 
 
 @quick
@@ -491,13 +501,30 @@ def test_slots_are_distinct_prompts_and_all_but_the_last_token_of_completions(
 
 @quick
 @given(PAIRS)
-def test_the_lines_of_the_tiles_are_the_rows(pairs: Pairs) -> None:
+def test_the_lines_of_the_tiles_are_rows_whose_ends_look(pairs: Pairs) -> None:
     rows = rows_of(pairs)
     layout = packed(rows)
-    found = [tuple(layout.tokens[line].tolist()) for line in lines(rows)]
-    assert sorted(found) == sorted((*row.prompt, *row.completion[:-1]) for row in rows)
-    for line in lines(rows):
-        assert layout.positions[line].tolist() == list(range(len(line)))
+    wanted = sorted((*row.prompt, *row.completion[:-1]) for row in rows)
+    for tile in layout.tiles:
+        first = [0] * len(tile.keys) if tile.first is None else tile.first.tolist()
+        for line, place in zip(lines_of(tile), first, strict=True):
+            assert line.queries == line.keys[place:]
+            assert layout.positions[line.keys].tolist() == list(range(len(line.keys)))
+            # No row's line is there more often than the row is.
+            wanted.remove(tuple(layout.tokens[line.keys].tolist()))
+    # Rows without a line are prompts alone, which others of theirs begin with.
+    read = {tuple(layout.tokens[line.queries].tolist()) for line in lines(rows)}
+    for row in wanted:
+        assert any(line[: len(row)] == row for line in read)
+
+
+def test_short_completions_of_a_long_prompt_attend_without_computing_it_again() -> None:
+    prompt = list(range(3, 43))
+    short, long, longest = (Row(prompt, [3] * count) for count in (8, 45, 60))
+    first, second = sorted(lines([short, short]), key=lambda line: len(line.queries))
+    assert (len(first.queries), len(second.queries)) == (7, 47)
+    # As long as its prompt, a causal row is cheaper than a rectangle under a mask.
+    assert sorted(len(line.queries) for line in lines([longest, short, long])) == [7, 84, 99]
 
 
 @quick
@@ -505,13 +532,17 @@ def test_the_lines_of_the_tiles_are_the_rows(pairs: Pairs) -> None:
 def test_every_slot_is_at_home_in_one_place_and_every_place_holds_a_slot(pairs: Pairs) -> None:
     rows = rows_of(pairs)
     layout = packed(rows)
-    places = torch.cat([tile.flatten() for tile in layout.tiles])
+    places = torch.cat([tile.queries.flatten() for tile in layout.tiles])
     assert places[layout.home].tolist() == list(range(len(layout.tokens)))
     # And that place is within a line, not its padding, which sees what it should not.
-    columns = torch.cat(
-        [torch.arange(tile.shape[1]).repeat(tile.shape[0]) for tile in layout.tiles]
-    )
-    assert columns[layout.home].tolist() == layout.positions.tolist()
+    seen = torch.cat([_positions_seen(tile).flatten() for tile in layout.tiles])
+    assert seen[layout.home].tolist() == layout.positions.tolist()
+
+
+def _positions_seen(tile: Tile) -> Tensor:
+    """The place among its line's keys of every query, padding included."""
+    columns = torch.arange(tile.queries.shape[1]).expand(tile.queries.shape)
+    return columns if tile.first is None else columns + tile.first[:, None]
 
 
 @quick
@@ -520,31 +551,33 @@ def test_targets_and_their_predictors_lie_in_the_order_of_rows(pairs: Pairs) -> 
     rows = rows_of(pairs)
     layout = packed(rows)
     assert layout.lengths == [len(row.completion) for row in rows]
-    paths = lines(rows)
     own: list[int] = []
     for row, span in zip(rows, layout.spans(), strict=True):
-        start, end = len(row.prompt), len(row) - 1
         assert layout.targets[span].tolist() == list(row.completion)
-        predictors = layout.predictors[span].tolist()
-        path = next(path for path in paths if path[start - 1 :] == predictors)
-        assert len(path) == end
-        assert layout.tokens[path].tolist() == [*row.prompt, *row.completion[:-1]]
-        own += predictors[1:]
+        before, *fed = layout.predictors[span].tolist()
+        assert layout.positions[[before, *fed]].tolist() == list(
+            range(len(row.prompt) - 1, len(row) - 1)
+        )
+        assert layout.tokens[fed].tolist() == list(row.completion[:-1])
+        # The prompt's slots lie together and end with the first predictor.
+        trunk = range(before + 1 - len(row.prompt), before + 1)
+        assert layout.tokens[list(trunk)].tolist() == list(row.prompt)
+        # Some line shows a completion its own prompt and itself, if it has slots at all.
+        assert not fed or any(line.keys == [*trunk, *fed] for line in lines(rows))
+        own += fed
     assert len(set(own)) == len(own)
-    assert len(own) == sum(len(row.completion) - 1 for row in rows)
 
 
 @quick
 @given(PAIRS)
-def test_no_line_is_padded_beyond_the_slack(pairs: Pairs) -> None:
-    rows = rows_of(pairs)
-    layout = packed(rows)
-    paths = iter(lines(rows))
-    for tile in layout.tiles:
-        lengths = [len(next(paths)) for _ in tile]
-        assert tile.shape[1] == max(lengths)
-        shortest = min(lengths)
-        assert max(lengths) <= max(shortest * (1 + SLACK_SHARE), shortest + SLACK_SLOTS)
+def test_no_tile_is_padded_beyond_the_slack(pairs: Pairs) -> None:
+    for tile in packed(rows_of(pairs)).tiles:
+        inside = lines_of(tile)
+        assert tile.queries.shape[1] == max(len(line.queries) for line in inside)
+        assert tile.keys.shape[1] == max(len(line.keys) for line in inside)
+        needed = sum(len(line.queries) * len(line.keys) for line in inside)
+        padded = tile.queries.numel() * tile.keys.shape[1]
+        assert padded <= (1 + SLACK_SHARE) * needed + SLACK_PAIRS * len(inside)
 
 
 EXAMPLES = st.lists(st.lists(st.tuples(PROMPTS, TOKENS), min_size=1, max_size=3), max_size=12)
