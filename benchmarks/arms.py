@@ -140,6 +140,27 @@ def ours(
     return Arm("padded", "ours, padded", step, costs.padded)
 
 
+def ours_reading(policy: PreTrainedModel, settings: Settings) -> Arm:
+    """The reference pass as it fills the store: a forward pass a prompt, without gradient."""
+    engine = sharing(policy, models.attention.NAME).eval()
+
+    def step(batch: Sequence[Example]) -> float:
+        sums = [
+            sum(logps)
+            for example in batch
+            for logps in score(
+                engine,
+                example.rows,
+                token_budget=sum(map(len, example.rows)),
+                compute_dtype=settings.compute_dtype,
+                progress=lambda _: None,
+            )
+        ]
+        return sum(sums) / len(sums)
+
+    return Arm("packed", "ours, packed", step, costs.packed)
+
+
 def _loss(
     logps: Sequence[Tensor], expected: Sequence[float], rows: Sequence[Row], num_prompts: int
 ) -> Tensor:
@@ -258,6 +279,18 @@ def trl(
         return costs.padded(batch, score_all=not only_completions and device.type == "cpu")
 
     return Arm(name, title, step, work)
+
+
+def trl_reading(trainer: Any, tokenised: Tokenised) -> Arm:
+    """What `precompute_ref_log_probs` does with a batch; its LM head scores completions only."""
+
+    def step(batch: Sequence[Example]) -> float:
+        with _compacting(True):
+            inputs = trainer.data_collator(tokenised(batch))
+            sums = trainer.compute_ref_log_probs(trainer.ref_model, inputs)
+        return torch.stack(sums).mean().item()
+
+    return Arm("trl", "TRL at its best", step, costs.padded)
 
 
 @contextmanager

@@ -23,12 +23,20 @@ def padded(batch: Sequence[Example], *, score_all: bool = False) -> Work:
 
 
 def packed(batch: Sequence[Example]) -> Work:
-    """P + sum of (C - 1) slots a prompt; each row attends as if it were alone."""
+    """P + sum of (C - 1) slots a prompt.
+
+    A prompt's longest row attends as if it were alone; of the others those whose completions are
+    shorter than the prompt attend from there on.
+    """
     slots = attended = scored = 0
     for example in batch:
-        slots += len(example.rows[0].prompt)
-        for row in example.rows:
-            slots += len(row.completion) - 1
-            attended += len(row) * (len(row) - 1) // 2
-            scored += len(row.completion)
+        prompt = len(example.rows[0].prompt)
+        slots += prompt
+        fed = sorted(len(row.completion) - 1 for row in example.rows)
+        for place, time in enumerate(reversed(fed)):
+            slots += time
+            scored += time + 1
+            attended += (prompt + time) * (prompt + time + 1) // 2
+            if place > 0 and time < prompt:
+                attended -= prompt * (prompt + 1) // 2
     return Work(slots, attended, scored)

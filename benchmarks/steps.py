@@ -26,10 +26,12 @@ from benchmarks.arms import (
     Settings,
     Tokenised,
     ours,
+    ours_reading,
     quiet,
     reference_logps,
     trainer_of,
     trl,
+    trl_reading,
 )
 from benchmarks.data import (
     HH,
@@ -58,6 +60,7 @@ CONTEXT = 1024
 
 ALL, NO_TRL = ("trl", "trl_as_shipped", "trl_live", "padded", "packed"), ("padded", "packed")
 AGAINST_BEST = ("trl", "padded", "packed")
+READING = ("trl", "packed")
 
 
 def _llama(vocab: int, width: int, layers: int, heads: int, inner: int) -> LlamaConfig:
@@ -114,6 +117,8 @@ class Table:
         rounds: measured.
         completions: of a prompt.
         in_order: whether batches are of a pool sorted by length.
+        reading: whether a step is the reference's pass over a batch, without gradients; arms are
+            then "trl" and "packed".
     """
 
     name: str
@@ -125,6 +130,7 @@ class Table:
     rounds: int
     completions: int = 2
     in_order: bool = False
+    reading: bool = False
 
     def batches(self, seed: int) -> list[list[Example]]:
         number = MEMORY_ROUNDS + self.rounds
@@ -177,6 +183,19 @@ def tables(config: Any, vocabulary: Any, prompts: int, rounds: int) -> list[Tabl
         )
         for k in (2, 4, 8)
     ]
+    made += [
+        Table(
+            f"reference_{name}",
+            f"{titles[name]} lengths, random order: the reference's pass alone",
+            config,
+            of,
+            READING,
+            prompts,
+            rounds,
+            reading=True,
+        )
+        for name, of in families.items()
+    ]
     if vocabulary is not None:
         title = f"HH lengths, random order, a vocabulary of {vocabulary.vocab_size}"
         made.append(Table("vocabulary", title, vocabulary, HH, AGAINST_BEST, prompts, rounds))
@@ -199,7 +218,7 @@ def measure(table: Table, settings: Settings, *, seed: int = 0) -> dict[str, Any
         rounds = [
             _round(arms, policy, batch, number, settings) for number, batch in enumerate(batches)
         ]
-    price = price_of(policy)
+    price = price_of(policy, reading=table.reading)
     rows = [costs.rows_of(batch) for batch in batches]
     peak = matmul_peak(settings.device, settings.compute_dtype)
     kept = slice(MEMORY_ROUNDS, None)
@@ -272,7 +291,8 @@ def _round(
         measured[arm.name] = took, memory, losses[0], torch.stack(norms).norm().item()
     _, _, loss, norm = measured[arms[0].name]
     taken = {
-        name: Taken(took, memory, abs(a_loss / loss - 1), abs(a_norm / norm - 1))
+        # A pass without gradients leaves all norms at 0.
+        name: Taken(took, memory, abs(a_loss / loss - 1), abs(a_norm - norm) / (norm or 1.0))
         for name, (took, memory, a_loss, a_norm) in measured.items()
     }
     precise = settings.compute_dtype == torch.float32
@@ -297,6 +317,10 @@ def _arms(
     folder: str,
     settings: Settings,
 ) -> list[Arm]:
+    if table.reading:
+        trainer = trainer_of(policy, reference, pool, folder, settings, live=True)
+        tokenised = Tokenised(trainer, pool, cached)
+        return [trl_reading(trainer, tokenised), ours_reading(reference, settings)]
     made: dict[str, Arm] = {
         "padded": ours(policy, cached, settings, pack=False),
         "packed": ours(policy, cached, settings, pack=True),
@@ -350,9 +374,10 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--model", choices=["small", *PUBLISHED], default="small")
     parser.add_argument("--attention", default="sdpa", help="of TRL and of ours, padded")
-    parser.add_argument("--prompts", type=int, default=4, help="in a batch")
+    parser.add_argument("--prompts", type=int, default=8, help="in a batch")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tables", nargs="+", help="only those; what --out has of others stays")
+    parser.add_argument("--arms", nargs="+", help="only those, of tables that have them")
     chosen = parser.parse_args()
     name = chosen.device
     if name == "auto":
@@ -368,6 +393,11 @@ def main() -> None:
         wanted = tables(SMALL, LARGE_VOCABULARY, chosen.prompts, chosen.rounds)
     else:
         wanted = tables(PUBLISHED[chosen.model], None, chosen.prompts, chosen.rounds)
+    if chosen.arms is not None:
+        wanted = [
+            dataclasses.replace(table, arms=tuple(arm for arm in table.arms if arm in chosen.arms))
+            for table in wanted
+        ]
     names = [table.name for table in wanted]
     out: Path = chosen.out or RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

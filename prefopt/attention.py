@@ -4,19 +4,33 @@
 caller. A forward pass that is given a `layout` (`prefopt.packing.Layout`) runs over one packed row;
 one that is given a `cache` (`prefopt.cache.Cache`) adds a token to every row that is being decoded;
 without either it is plain causal attention, for padded rows and for the models' own caches.
+
+A packed row is read in one of two ways, which `backend` names:
+
+- "tiles": its lines are gathered and go through the fused kernels, or are written out where a
+  family caps scores or has sinks. On every device; what is tested and measured.
+- "blocks": FlexAttention over the whole row under a block mask, on CUDA, where gathering would cost
+  more than it saves. Its mathematics are tested against the tiles on a CPU, uncompiled and without
+  gradients; compiled, and on a GPU, it has not been run. It knows neither sinks nor float64 nor
+  heads narrower than 16, which go by tiles.
 """
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from prefopt.cache import Cache
 from prefopt.packing import Layout
 
 NAME = "prefopt"
+NARROWEST_HEAD = 16  # of FlexAttention
 
 Queries = Float[Tensor, "batch heads time width"]
 Keys = Float[Tensor, "batch heads keys width"]
@@ -58,49 +72,127 @@ def attend(
         cache: of rows of which each has one token in the batch.
     """
     assert dropout == 0.0, "attention dropout is on; put the policy into eval mode"
-    special = _Special(scaling, sliding_window, softcap, s_aux)
+    special = Special(scaling, sliding_window, softcap, s_aux)
     if cache is not None:
         return _decoded(query, *cache.extended(key, value), cache.visible(sliding_window), special)
     if record is not None:
         record.append((key[0], value[0]))
+    if layout is not None:
+        layout.calls += 1
+        if backend(query.device) == "blocks" and _fits_blocks(query, value, special):
+            return by_blocks(query, key, value, layout, special, _compiled()), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if layout is None:
-        output = _rows(query, key, value, attention_mask, special)
-    else:
-        layout.calls += 1
-        # By slots, whose numbers lie together in memory.
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        parts = [
-            _rows(
-                _gathered(query, tile.queries),
-                _gathered(key, tile.keys),
-                _gathered(value, tile.keys),
-                None,
-                special,
-                tile.first,
-            )
-            .transpose(1, 2)
-            .flatten(0, 1)
-            for tile in layout.tiles
-        ]
-        # Every slot is taken from the one place in the tiles that is its own.
-        return torch.cat(parts).index_select(0, layout.home)[None], None
+    if layout is not None:
+        return by_tiles(query, key, value, layout, special), None
+    output = _rows(query, key, value, attention_mask, special)
     return output.transpose(1, 2).contiguous(), None
 
 
-class _Special:
-    """What some families add to plain attention."""
+@dataclass(frozen=True)
+class Special:
+    """What some families add to plain attention; `attend` says what each is."""
 
-    def __init__(
-        self,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> None:
-        self.scaling, self.window, self.softcap, self.sinks = scaling, window, softcap, sinks
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def backend(device: torch.device) -> str:
+    """How packed rows are read on a device, but for what only tiles can do."""
+    return "blocks" if device.type == "cuda" else "tiles"
+
+
+def by_tiles(
+    query: Float[Tensor, "1 heads slots width"],
+    key: Float[Tensor, "1 heads slots width"],
+    value: Float[Tensor, "1 heads slots value_width"],
+    layout: Layout,
+    special: Special,
+) -> Float[Tensor, "1 slots heads value_width"]:
+    """Tile by tile, each a batch of lines gathered from the packed row."""
+    # By slots, whose numbers lie together in memory.
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    parts = [
+        _rows(
+            _gathered(query, tile.queries),
+            _gathered(key, tile.keys),
+            _gathered(value, tile.keys),
+            None,
+            special,
+            tile.first,
+        )
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for tile in layout.tiles
+    ]
+    # Every slot is taken from the one place in the tiles that is its own.
+    return torch.cat(parts).index_select(0, layout.home)[None]
+
+
+def by_blocks(
+    query: Float[Tensor, "1 heads slots width"],
+    key: Float[Tensor, "1 kv_heads slots width"],
+    value: Float[Tensor, "1 kv_heads slots value_width"],
+    layout: Layout,
+    special: Special,
+    kernel: Callable[..., Any],
+) -> Float[Tensor, "1 slots heads value_width"]:
+    """As `by_tiles`; all layers of one window share a block mask, which stays with the layout.
+
+    Args:
+        query: one head a query head.
+        key: one head a group of query heads.
+        value: likewise.
+        layout: of the packed row.
+        special: without sinks.
+        kernel: `flex_attention`, compiled or not.
+    """
+    window, cap = special.window, special.softcap
+    if window not in layout.masks:
+        slots = len(layout.tokens)
+        reach = slots if window is None else window
+        places, branches, trunks = layout.positions, layout.branches, layout.trunks
+        layout.masks[window] = create_block_mask(
+            lambda _row, _head, looking, seen: (
+                ((branches[seen] == branches[looking]) | (branches[seen] == trunks[looking]))
+                & (places[seen] <= places[looking])
+                & (places[looking] - places[seen] < reach)
+            ),
+            None,
+            None,
+            slots,
+            slots,
+            query.device,
+        )
+    output = kernel(
+        query,
+        key,
+        value,
+        score_mod=None
+        if cap is None
+        else lambda score, _row, _head, _looking, _seen: cap * torch.tanh(score / cap),
+        block_mask=layout.masks[window],
+        scale=special.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """For all lengths at once; otherwise every new one would be compiled anew."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _fits_blocks(query: Tensor, value: Tensor, special: Special) -> bool:
+    return (
+        special.sinks is None
+        and query.dtype != torch.float64
+        and min(query.shape[3], value.shape[3]) >= NARROWEST_HEAD
+    )
 
 
 def _decoded(
@@ -108,7 +200,7 @@ def _decoded(
     key: Float[Tensor, "lanes kv_heads keys width"],
     value: Float[Tensor, "lanes kv_heads keys value_width"],
     visible: Tensor,
-    special: _Special,
+    special: Special,
 ) -> tuple[Float[Tensor, "lanes 1 heads value_width"], None]:
     """One query a lane; those that share keys lie in the place of time, so no key is copied."""
     lanes, heads, _, width = query.shape
@@ -129,12 +221,12 @@ def _rows(
     key: Keys,
     value: Values,
     mask: Tensor | None,
-    special: _Special,
+    special: Special,
     first: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch heads time value_width"]:
     """Causal attention within each row of a batch; keys may be older than the first query.
 
-    `first` are the first queries' places among the keys; without it the last query has the last key.
+    `first` are the first queries' places among the keys; the last query has the last key without.
     """
     time, keys = query.shape[2], key.shape[2]
     if mask is not None:
@@ -161,14 +253,14 @@ def _allowed(
         return None
     if first is None:
         first = torch.tensor([keys - time], device=device)
-    # Padding beyond the keys looks from the last of them: a query that sees nothing gives no number.
+    # Padding beyond the keys looks from the last of them: who sees nothing gives no number.
     places = (first[:, None] + torch.arange(time, device=device)).clamp(max=keys - 1)
     ages = places[:, None, :, None] - torch.arange(keys, device=device)
     return (ages >= 0) & (ages < (keys if window is None else window))
 
 
 def _written_out(
-    query: Queries, key: Keys, value: Values, allowed: Tensor | None, special: _Special
+    query: Queries, key: Keys, value: Values, allowed: Tensor | None, special: Special
 ) -> Float[Tensor, "batch heads time value_width"]:
     """As the fused kernels, with soft-capped scores and sinks."""
     scale = query.shape[-1] ** -0.5 if special.scaling is None else special.scaling

@@ -57,7 +57,7 @@ class Price:
         return self.slot * work.slots + self.attended * work.attended + self.scored * work.scored
 
 
-def price_of(policy: nn.Module) -> Price:
+def price_of(policy: nn.Module, *, reading: bool = False) -> Price:
     """What this policy costs as it trains now, of any family of dense layers.
 
     A product with a matrix costs 2 operations a number forwards, as many again for the gradient of
@@ -67,12 +67,14 @@ def price_of(policy: nn.Module) -> Price:
 
     Args:
         policy: a Hugging Face causal LM.
+        reading: of a forward pass alone.
     """
     model: Any = policy
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    trains = not reading
     flows_back = embeddings.requires_grad
     slot = attended = 0.0
     depths: set[int] = set()
@@ -82,11 +84,11 @@ def price_of(policy: nn.Module) -> Price:
             continue
         flows_back |= weight.requires_grad
         if weight.ndim == 2:
-            slot += 2 * weight.numel() * (1 + flows_back + weight.requires_grad)
+            slot += 2 * weight.numel() * (1 + trains * (flows_back + weight.requires_grad))
         if depth not in depths:
             depths.add(depth)
-            attended += 4 * width * (1 + 2.5 * flows_back)
-    return Price(slot, attended, 2.0 * head.numel() * (2 + head.requires_grad))
+            attended += 4 * width * (1 + 2.5 * trains * flows_back)
+    return Price(slot, attended, 2.0 * head.numel() * (1 + trains * (1 + head.requires_grad)))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -30,8 +31,8 @@ class Row:
 class Tile:
     """Lines of like size that attend as one batch, as slots.
 
-    A line is a row, or only its completion, whose queries see the prompt that another line computes.
-    Shorter lines are padded at their end with slot 0, which no real query sees.
+    A line is a row, or only its completion, which sees the prompt that another line
+    computes.    Shorter lines are padded at their end with slot 0, which no real query sees.
 
     Args:
         queries: the slots that look.
@@ -62,7 +63,10 @@ class Layout:
         lengths: completion tokens of each row.
         tiles: for attention; every slot looks in at least one of them.
         home: for every slot, its one place among the tiles' queries laid end to end.
+        branches: a number for every prompt and every completion, slot by slot.
+        trunks: the number of the slot's own prompt; with positions it says all that tiles say.
         calls: how many layers have attended by this layout.
+        masks: what `prefopt.attention` keeps for its layers, by their windows.
     """
 
     tokens: Int[Tensor, " slots"]
@@ -72,7 +76,10 @@ class Layout:
     lengths: list[int]
     tiles: list[Tile]
     home: Int[Tensor, " slots"]
+    branches: Int[Tensor, " slots"]
+    trunks: Int[Tensor, " slots"]
     calls: int = field(default=0)
+    masks: dict[int | None, Any] = field(default_factory=dict[int | None, Any])
 
     def spans(self) -> list[slice]:
         """Where each row's completion lies among the targets."""
@@ -88,6 +95,8 @@ class Layout:
             self.lengths,
             [tile.to(device) for tile in self.tiles],
             self.home.to(device),
+            self.branches.to(device),
+            self.trunks.to(device),
         )
 
 
@@ -102,6 +111,8 @@ def packed(rows: Sequence[Row]) -> Layout:
     """Lay rows into one packed row, those of one prompt beside each other."""
     tokens: list[int] = []
     positions: list[int] = []
+    branches: list[int] = []
+    trunks: list[int] = []
     slots: list[list[int]] = [[] for _ in rows]
     groups: dict[tuple[int, ...], list[int]] = {}
     whole: list[_Line] = []
@@ -112,19 +123,23 @@ def packed(rows: Sequence[Row]) -> Layout:
         trunk = list(range(len(tokens), len(tokens) + len(prompt)))
         tokens += prompt
         positions += range(len(prompt))
+        # A prompt goes by the number of the first of its rows, completions by numbers after those.
+        branches += [members[0]] * len(prompt)
         for number in members:
             fed = list(rows[number].completion[:-1])
             slots[number] = [*trunk, *range(len(tokens), len(tokens) + len(fed))]
             tokens += fed
             positions += range(len(prompt), len(prompt) + len(fed))
+            branches += [len(rows) + number] * len(fed)
+        trunks += [members[0]] * (len(tokens) - len(trunks))
         longest = max(members, key=lambda number: len(slots[number]))
         for number in members:
-            line = _Line(slots[number], 0 if number == longest else len(prompt))
-            # A tail spares the prompt's queries, a row the half of the pairs that causality rules out.
-            if number == longest or line.time >= len(prompt):
+            tail = _Line(slots[number], len(prompt))
+            # A tail spares the prompt's queries; a row, the pairs that causality rules out.
+            if number == longest or tail.time >= len(prompt):
                 whole.append(_Line(slots[number], 0))
-            elif line.time:
-                tails.append(line)
+            elif tail.time:
+                tails.append(tail)
     predictors = [
         slot for number, row in enumerate(rows) for slot in slots[number][len(row.prompt) - 1 :]
     ]
@@ -137,6 +152,8 @@ def packed(rows: Sequence[Row]) -> Layout:
         lengths=[len(row.completion) for row in rows],
         tiles=tiles,
         home=_homes(tiles, len(tokens)),
+        branches=torch.tensor(branches),
+        trunks=torch.tensor(trunks),
     )
 
 

@@ -74,8 +74,16 @@ def test_costs_are_those_of_the_layouts() -> None:
     rows = [row for example in batch for row in example.rows]
     assert costs.packed(batch).slots == slots_of(rows)
     assert useful_tokens(rows) == slots_of(rows) + len(rows)
+    lines = [
+        (int(first), int(1 + line[1:].count_nonzero()))
+        for tile in packed(rows).tiles
+        for line, first in zip(
+            tile.keys, [0] * len(tile.keys) if tile.first is None else tile.first, strict=True
+        )
+    ]
+    pairs = sum(end * (end + 1) // 2 - first * (first + 1) // 2 for first, end in lines)
+    assert costs.packed(batch).attended == pairs
     alone = sum(len(row) * (len(row) - 1) // 2 for row in rows)
-    assert costs.packed(batch).attended == alone
     prompts = sum(len(e.rows[0].prompt) * (len(e.rows[0].prompt) + 1) // 2 for e in batch)
     assert necessary(rows).attended == alone - 3 * prompts
     assert (

@@ -17,12 +17,13 @@ from conftest import llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from prefopt import head
-from prefopt.attention import NAME, attend
+from prefopt.attention import NAME, Special, attend, backend, by_blocks, by_tiles
 from prefopt.generation import sample
 from prefopt.packing import SLACK_PAIRS, SLACK_SHARE, Row, Tile, packed, slots_of
 from prefopt.scoring import (
@@ -436,6 +437,43 @@ def test_keys_of_a_cache_are_older_than_the_first_query(
     whole, _ = attend(nn.Module(), query, key, value, None, **special)
     last, _ = attend(nn.Module(), query[:, :, -time:], key, value, None, **special)
     torch.testing.assert_close(last, whole[:, -time:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_completions", [1, 2, 4])
+@pytest.mark.parametrize(
+    "special",
+    [
+        Special(),
+        Special(window=WINDOW),
+        Special(softcap=2.0),
+        Special(scaling=0.7, window=WINDOW, softcap=2.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_blocks_attend_as_tiles_do(special: Special, num_completions: int) -> None:
+    """The mathematics of what CUDA compiles; a CPU runs it as it is written."""
+    layout = packed(shuffled_rows(num_completions))
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, len(layout.tokens), width, generator=draw)
+        for heads, width in ((4, 16), (2, 16), (2, 24))
+    )
+    found = by_blocks(query, key, value, layout, special, flex_attention)
+    for_each = [x.repeat_interleave(2, 1) for x in (key, value)]
+    expected = by_tiles(query, *for_each, layout, special)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    mask = layout.masks[special.window]
+    again = by_blocks(query, key, value, layout, special, flex_attention)
+    assert layout.masks[special.window] is mask
+    assert torch.equal(again, found)
+
+
+def test_packed_rows_are_read_by_blocks_on_cuda_alone() -> None:
+    assert [backend(torch.device(name)) for name in ("cpu", "mps", "cuda")] == [
+        "tiles",
+        "tiles",
+        "blocks",
+    ]
 
 
 def test_a_saved_policy_packs_when_loaded_and_its_files_do_not_name_our_attention(
