@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from prefopt import attention
 from prefopt.packing import Row
+from stages import models
 from stages.artefacts import (
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
@@ -51,6 +53,7 @@ def key_of(model: Path, compute: Compute) -> dict[str, str]:
         "dtype": compute.dtype,
         "threads": str(compute.num_threads),
         "engine": engine.hexdigest(),
+        "backend": attention.backend(models.device()),
         "libraries": ", ".join(versions),
         "machine": f"{os.uname().machine} {sys.platform}",
     }
