@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, create_model
 
 from prefopt.divergences import Divergence, divergence, dpo_inducing_divergence
 from prefopt.domains import DPOInducing
@@ -38,6 +38,7 @@ class Options(Strict):
     """What a run may say beside its loss's hyperparameters and the optimiser's overrides."""
 
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    seed: Annotated[StrictInt, Field(ge=0)] | None = None
 
 
 OVERRIDES = ("learning_rate", "num_epochs", "lora")
@@ -52,6 +53,8 @@ class Run:
         loss: the row of the table of losses.
         hyperparameters: the loss's, all of them, as its function takes them.
         sft_weight: weight of the chosen completions' mean NLL a token, added to the loss.
+        seed: of the order of pairs and of adapters; `compute.seed` if the run names none. Runs that
+            differ in it alone are one objective, trained anew.
         optimiser: the `train` section with this run's overrides.
         watch: the `watch` section with this run's overrides.
         written: all as the person wrote it, for tracking.
@@ -60,6 +63,7 @@ class Run:
     loss: Loss
     hyperparameters: dict[str, Any]
     sft_weight: float
+    seed: int
     optimiser: Optimiser
     watch: Watching
     written: dict[str, Any]
@@ -88,10 +92,12 @@ def bind(params: Params, name: str) -> Run:
                 f"{', '.join(reads)}; any run may also set {others}" + did_you_mean(key, reads)
             )
     model = checked(schema, row, where)
+    said = checked(Options, options, where)
     run = Run(
         loss=loss,
         hyperparameters={key: getattr(model, key) for key in schema.model_fields},
-        sft_weight=checked(Options, options, where).sft_weight,
+        sft_weight=said.sft_weight,
+        seed=params.compute.seed if said.seed is None else said.seed,
         optimiser=checked(Optimiser, {**params.train.model_dump(), **overrides}, where),
         watch=checked(Watching, {**params.watch.model_dump(), **watched}, where),
         written=dict(params.runs[name]),

@@ -59,7 +59,7 @@ def main() -> None:
     params = load_params()
     compute = params.compute
     run = bind(params, name)
-    models.set_up(seed=compute.seed, num_threads=compute.num_threads)
+    models.set_up(seed=run.seed, num_threads=compute.num_threads)
     relevant = {
         "compute": compute.model_dump(),
         "train": run.optimiser.model_dump(),
@@ -92,11 +92,11 @@ def main() -> None:
         policy = models.load_policy(str(SFT))
         alive = run.watch.writes or run.loss.evidence in READS_LIVE_REFERENCE
         reference = models.frozen(policy, run.optimiser) if alive else None
-        models.make_trainable(policy, run.optimiser, seed=compute.seed)
+        models.make_trainable(policy, run.optimiser, seed=run.seed)
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
         deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
         journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
-        steps = steps_of_pairs(evidence, run, compute.seed)
+        steps = steps_of_pairs(evidence, run)
         look = Look(
             functools.partial(on_validation_pairs, pair, evidence, run, compute.token_budget),
             author(pair, params),
@@ -149,7 +149,7 @@ def main() -> None:
         journal.write({"logratios": digest(workspace.partial(logratios_of(name)))})
 
 
-def steps_of_pairs(evidence: Evidence, run: Run, seed: int) -> Steps:
+def steps_of_pairs(evidence: Evidence, run: Run) -> Steps:
     """The training pairs of every optimiser step; they come before all others.
 
     Raises:
@@ -162,7 +162,7 @@ def steps_of_pairs(evidence: Evidence, run: Run, seed: int) -> Steps:
         )
     pairs = evidence.pairs_of("train")
     assert pairs.start == 0
-    return Steps(len(pairs), run.optimiser.batch_size, run.optimiser.num_epochs, seed)
+    return Steps(len(pairs), run.optimiser.batch_size, run.optimiser.num_epochs, run.seed)
 
 
 class TokensBefore:

@@ -361,3 +361,12 @@ def test_a_choice_among_looks_that_cannot_be_made_is_refused(
     write_params(**changes)
     with refused(message):
         check_runs(load_params())
+
+
+def test_a_runs_seed_is_its_own_or_the_experiments(write_params: Write) -> None:
+    rows = {"a": {"loss": "dpo", "beta": 0.1}, "b": {"loss": "dpo", "beta": 0.1, "seed": 7}}
+    write_params(**{"compute.seed": 3, "runs": rows})
+    assert [bind(load_params(), name).seed for name in rows] == [3, 7]
+    write_params(runs={"a": {"loss": "dpo", "beta": 0.1, "seed": -1}})
+    with refused("runs.a.seed: must be greater than or equal to 0, got -1; change it there"):
+        check_runs(load_params())

@@ -150,7 +150,7 @@ def real(
 
 def run_of(case: Case, sft_weight: float = 0.0) -> Run:
     params = load_params()
-    return Run(case.loss, case.hyperparameters, sft_weight, params.train, params.watch, {})
+    return Run(case.loss, case.hyperparameters, sft_weight, 0, params.train, params.watch, {})
 
 
 def step_of(
