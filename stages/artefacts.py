@@ -276,7 +276,8 @@ def rows_of_split(table: Mapping[str, Column], split: str) -> range:
 @contextmanager
 def _opened(path: Path, schema: pa.Schema) -> Generator[pq.ParquetFile, None, None]:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # A buffer made beforehand would be of the whole file.
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             if not file.schema_arrow.equals(schema):
                 raise ValueError(
                     f"{path}: other columns than expected, got {file.schema_arrow.names}; "
