@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prefopt import distributed
 from prefopt.checkpoints import Checkpoints, Metrics, restore, save
 
 Objective = Callable[[int], Iterable[tuple[Tensor, Metrics]]]
@@ -168,7 +169,7 @@ def fit(
             log(metrics)
             if checkpoints is not None and len(history) % checkpoints.every == 0:
                 keep()
-            if came.is_set():
+            if distributed.anyone(came.is_set()):
                 keep()
                 raise Terminated(128 + signal.SIGTERM)
     with torch.no_grad():
@@ -194,7 +195,9 @@ def _step(
         loss.backward()
         for name, value in {"loss": loss.item(), **parts}.items():
             metrics[name] = metrics.get(name, 0.0) + value
-    norm = nn.utils.clip_grad_norm_(parameters.values(), optimisation.max_grad_norm).item()
+    metrics = distributed.summed(metrics)
+    norms = nn.utils.clip_grad_norm_(parameters.values(), optimisation.max_grad_norm)
+    norm = distributed.whole(norms).item()
     if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
         raise Diverged(
             step,

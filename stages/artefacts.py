@@ -297,13 +297,14 @@ class Workspace:
     name: str
     fingerprint: str
     directory: Path
+    partials: Path
 
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
     def partial(self, output: Path) -> Path:
-        path = self.directory / "partial" / output
+        path = self.partials / output
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -318,11 +319,13 @@ def stage(
     are loaded) are hashed at the start, which names the checkpoints that it may resume from, and
     again at the end: what changed meanwhile would otherwise be recorded as the cause of these
     outputs. The process dies with its parent, so that a killed `dvc repro` leaves no second writer.
+    Of several processes that torchrun started the first is the one that all this is said of; what
+    the others write is thrown away.
 
     Raises:
         ValueError: if an input is missing, changed meanwhile, or another process holds the stage.
     """
-    _die_with_parent()
+    die_with_parent()
     started = time.monotonic()
     for path in inputs:
         if not path.exists():
@@ -330,13 +333,18 @@ def stage(
                 f"{path}: no such input of stage '{name}', got nothing; run `dvc repro`"
             )
     WORK.mkdir(exist_ok=True)
-    with _held(name):
-        code = _first_party_modules()
+    code = _first_party_modules()
+    if not is_first():
         fingerprint = _fingerprint([*inputs, *code], params)
-        directory = WORK / "stages" / name.replace("@", "-") / fingerprint[:16]
+        with tempfile.TemporaryDirectory() as thrown_away:
+            yield Workspace(name, fingerprint, _directory(name, fingerprint), Path(thrown_away))
+        return
+    with _held(name):
+        fingerprint = _fingerprint([*inputs, *code], params)
+        directory = _directory(name, fingerprint)
         shutil.rmtree(directory / "partial", ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
-        yield Workspace(name, fingerprint, directory)
+        yield Workspace(name, fingerprint, directory, directory / "partial")
         if _fingerprint([*inputs, *code], params) != fingerprint:
             raise ValueError(
                 f"stage '{name}': its inputs changed while it ran, got other bytes at the end; "
@@ -348,6 +356,11 @@ def stage(
     with open(WORK / "times.jsonl", "a") as file:
         times = {"stage": name, "seconds": round(time.monotonic() - started, 1)}
         file.write(json.dumps(times) + "\n")
+
+
+def is_first() -> bool:
+    """Whether this process owns what a stage leaves: torchrun may have started several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def program(main: Callable[[], None]) -> None:
@@ -390,6 +403,10 @@ def _first_party_modules() -> list[Path]:
     return sorted(p.relative_to(here) for p in paths if "site-packages" not in p.parts)
 
 
+def _directory(name: str, fingerprint: str) -> Path:
+    return WORK / "stages" / name.replace("@", "-") / fingerprint[:16]
+
+
 def _fingerprint(paths: Sequence[Path], params: Any) -> str:
     parts = {"params": params, "files": {str(path): digest(path) for path in paths}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -420,7 +437,8 @@ def _publish(partial: Path, output: Path) -> None:
     partial.replace(output)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Be sent SIGTERM when the parent ends, however it ends."""
     if sys.platform == "linux":
         parent_death_signal = 1
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)

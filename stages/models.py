@@ -333,6 +333,13 @@ def checkpoint_activations(policy: PreTrainedModel) -> None:
         )
 
 
+def decoder_layers(policy: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder's layers, by whatever name its family keeps them."""
+    decoder: Any = policy.get_decoder()
+    stacks = [child for child in decoder.children() if isinstance(child, torch.nn.ModuleList)]
+    return [layer for stack in stacks for layer in stack]
+
+
 def train_only_top(policy: PreTrainedModel, num_layers: int) -> None:
     """Freeze all but the top layers, the final norm included; 0 trains everything."""
     if num_layers == 0:

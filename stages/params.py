@@ -52,6 +52,7 @@ class Compute(Strict):
     generation: Literal["torch", "vllm"]
     token_budget: Count
     checkpoint_every: Count
+    num_processes: Count
 
 
 class Data(Strict):
@@ -251,6 +252,17 @@ class Params(Strict):
                 raise ValueError(
                     f"evaluation.judges: no such judge, got '{name}'; known: {', '.join(known)}"
                     + did_you_mean(name, known)
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_have_something_for_every_process(self) -> "Params":
+        processes = self.compute.num_processes
+        for name, section in (("sft", self.sft), ("train", self.train)):
+            if processes > section.batch_size:
+                raise ValueError(
+                    f"compute.num_processes: more than a step has examples, got {processes} for "
+                    f"{name}.batch_size {section.batch_size}; lower the one or raise the other"
                 )
         return self
 

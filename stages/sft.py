@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefopt.checkpoints import Metrics
 from prefopt.packing import Steps
-from prefopt.scoring import batches, token_logps
+from prefopt.scoring import token_logps
 from stages import models
 from stages.artefacts import (
     CHECKED,
@@ -23,6 +23,7 @@ from stages.artefacts import (
     rows_of_split,
     stage,
 )
+from stages.launch import Together
 from stages.params import load_params
 from stages.rows import Rows
 from stages.training import train
@@ -32,10 +33,18 @@ def main() -> None:
     params = load_params()
     compute, sft = params.compute, params.sft
     models.set_up(seed=compute.seed, num_threads=compute.num_threads)
-    relevant = {"base": params.base, "compute": compute.model_dump(), "sft": sft.model_dump()}
-    with stage(
-        "sft", inputs=[CHECKED, PROMPTS], outputs=[SFT, SFT_CURVE], params=relevant
-    ) as workspace:
+    relevant = {
+        "base": params.base,
+        # A training goes on from checkpoints of any number of processes.
+        "compute": compute.model_dump(exclude={"num_processes"}),
+        "sft": sft.model_dump(),
+    }
+    with (
+        Together(compute.num_processes),
+        stage(
+            "sft", inputs=[CHECKED, PROMPTS], outputs=[SFT, SFT_CURVE], params=relevant
+        ) as workspace,
+    ):
         prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
         rows = Rows(prompts["tokens"], prompts["gold_tokens"])
         numbers = rows_of_split(prompts, "train")
@@ -43,10 +52,10 @@ def main() -> None:
         models.make_trainable(policy, sft, seed=compute.seed)
         steps = Steps(len(numbers), sft.batch_size, sft.num_epochs, compute.seed)
 
-        def objective(step: int) -> Iterator[tuple[Tensor, Metrics]]:
+        def objective(step: int, cuts: list[list[int]]) -> Iterator[tuple[Tensor, Metrics]]:
             chosen = {i: rows[numbers[i]] for i in steps[step]}
             num_tokens = sum(len(row.completion) for row in chosen.values())
-            for batch in batches(policy, [*chosen], lambda i: [chosen[i]], compute.token_budget):
+            for batch in cuts:
                 logps = token_logps(
                     policy, [chosen[i] for i in batch], compute_dtype=models.DTYPES[compute.dtype]
                 )
@@ -55,14 +64,15 @@ def main() -> None:
         train(
             policy,
             objective,
-            len(steps),
+            steps,
             sft,
             workspace,
+            rows_of=lambda i: [rows[numbers[i]]],
+            token_budget=compute.token_budget,
             model=SFT,
-            tokenizer=params.base,
+            source=params.base,
             curve=SFT_CURVE,
             checkpoint_every=compute.checkpoint_every,
-            rows_of=lambda step: [rows[numbers[i]] for i in steps[step]],
             compute_dtype=models.DTYPES[compute.dtype],
         )
 

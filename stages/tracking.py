@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from stages.artefacts import WORK, digest, logratios_of
+from stages.artefacts import WORK, digest, is_first, logratios_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,9 +49,9 @@ Event = dict[str, Any]
 class Journal:
     """An append-only file of events, one JSON object a line, locked while its writer lives."""
 
-    def __init__(self, name: str) -> None:
-        JOURNALS.mkdir(parents=True, exist_ok=True)
-        self.path = JOURNALS / f"{time.time_ns()}-{name}.jsonl"
+    def __init__(self, name: str, directory: Path = JOURNALS) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / f"{time.time_ns()}-{name}.jsonl"
         # Locked before it has its name, so that a courier never sees it without its writer.
         unnamed = self.path.with_suffix(".new")
         self._file = open(unnamed, "a")
@@ -70,7 +71,14 @@ class Journal:
 def track(
     run: str, *, recipe: str, params: dict[str, Any], datasets: dict[str, str]
 ) -> Generator[Journal, None, None]:
-    """Journal one training; what is raised inside ends it as FAILED."""
+    """Journal one training; what is raised inside ends it as FAILED.
+
+    Of several processes the first one's journal is kept.
+    """
+    if not is_first():
+        with tempfile.TemporaryDirectory() as thrown_away:
+            yield Journal(run, Path(thrown_away))
+        return
     journal = Journal(run)
     journal.write(
         {

@@ -3,7 +3,7 @@
 import argparse
 import functools
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prefopt import distributed
 from prefopt.checkpoints import Metrics
 from prefopt.loop import Diverged
 from prefopt.losses.formulas import implicit_rewards, value
@@ -32,6 +33,7 @@ from stages.artefacts import (
     curve_of,
     digest,
     generations_of,
+    is_first,
     logratios_of,
     model_of,
     program,
@@ -39,6 +41,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, pairs_within
+from stages.launch import Together
 from stages.params import Compute, load_params
 from stages.runs import Run, bind
 from stages.tracking import track
@@ -61,7 +64,8 @@ def main() -> None:
     run = bind(params, name)
     models.set_up(seed=run.seed, num_threads=compute.num_threads)
     relevant = {
-        "compute": compute.model_dump(),
+        # A training goes on from checkpoints of any number of processes.
+        "compute": compute.model_dump(exclude={"num_processes"}),
         "train": run.optimiser.model_dump(),
         "watch": run.watch.model_dump(),
         "max_completion_tokens": params.data.max_completion_tokens,
@@ -69,7 +73,8 @@ def main() -> None:
     }
     datasets = [path for path in (PROMPTS, COMPLETIONS, PAIRS, REVISIONS) if path.exists()]
     with (
-        # Outermost, so that a training whose outputs are refused in the end is no FINISHED one.
+        Together(compute.num_processes),
+        # Around the stage, so that a training whose outputs are refused in the end is not FINISHED.
         track(
             name,
             recipe=params.recipe,
@@ -105,27 +110,27 @@ def main() -> None:
         watched = watch(look, run.watch, len(steps))
         tokens_before = TokensBefore(evidence, run.loss.evidence, steps)
         with naming_the_pairs_of(steps):
-            history = train(
+            policy, history = train(
                 policy,
-                lambda step: objective(
+                lambda step, cuts: objective(
                     pair,
                     evidence,
                     run,
-                    compute.token_budget,
+                    cuts,
                     steps[step],
                     step,
-                    tokens_before(step),
+                    tokens_before(step) if is_first() else 0,
                 ),
-                len(steps),
+                steps,
                 run.optimiser,
                 workspace,
+                rows_of=functools.partial(evidence.rows_of, run.loss.evidence),
+                token_budget=compute.token_budget,
+                couples=run.loss.couples,
                 model=model_of(name),
-                tokenizer=str(SFT),
+                source=str(SFT),
                 curve=curve_of(name),
                 checkpoint_every=compute.checkpoint_every,
-                rows_of=lambda step: [
-                    row for i in steps[step] for row in evidence.rows_of(run.loss.evidence, i)
-                ],
                 compute_dtype=pair.compute_dtype,
                 adapted=SFT,
                 journal=journal,
@@ -193,20 +198,19 @@ def objective(
     pair: Models,
     evidence: Evidence,
     run: Run,
-    token_budget: int,
+    cuts: Iterable[Sequence[int]],
     pairs: Sequence[int],
     step: int,
     tokens_before: int,
 ) -> Iterator[tuple[Tensor, Metrics]]:
-    """The micro-batches of one step; losses and metrics are shares of the step's mean.
+    """Micro-batches of one step's pairs; losses and metrics are shares of the step's mean.
 
     The chosen completions' NLL has the step's own normaliser, its chosen tokens. `num_tokens`
     counts from the training's start, as TRL's does: `tokens_before` before this step.
     """
     kind = run.loss.evidence
     chosen_tokens = evidence.num_chosen_tokens(pairs)
-    rows_of = functools.partial(evidence.rows_of, kind)
-    for cut in batches(pair.policy, pairs, rows_of, token_budget):
+    for cut in cuts:
         batch = evidence.batch(kind, cut, pairs, pair)
         losses = run.loss.function(batch, **run.hyperparameters)
         if step == 0:
@@ -228,7 +232,9 @@ def on_validation_pairs(
 ) -> Iterator[tuple[Tensor, Metrics]]:
     """What the objective makes of all validation pairs as one step, after `step`."""
     pairs = evidence.pairs_of("validation")
-    for loss, metrics in objective(pair, evidence, run, token_budget, pairs, step + 1, 0):
+    rows_of = functools.partial(evidence.rows_of, run.loss.evidence)
+    cuts = batches(pair.policy, pairs, rows_of, token_budget)
+    for loss, metrics in objective(pair, evidence, run, cuts, pairs, step + 1, 0):
         del metrics["num_tokens"]
         yield loss, metrics
 
@@ -288,14 +294,18 @@ def logratios_after(
     """Log-ratios of both sides of pairs under the trained policy in nats, and what they rest on."""
     rows = evidence.sides(pairs)
     used = sorted(set(rows))
+    # Neighbours have prompts in common, so each process takes a run of them.
+    places = [len(used) * rank // distributed.size() for rank in range(distributed.size() + 1)]
+    mine = used[places[distributed.rank()] : places[distributed.rank() + 1]]
     logps = score(
         policy,
-        [evidence.rows[row] for row in used],
+        [evidence.rows[row] for row in mine],
         token_budget=compute.token_budget,
         compute_dtype=models.DTYPES[compute.dtype],
         progress=lambda _: None,
     )
-    after = {row: sum(logp) for row, logp in zip(used, logps, strict=True)}
+    found = {row: sum(logp) for row, logp in zip(mine, logps, strict=True)}
+    after = distributed.summed(dict.fromkeys(used, 0.0) | found)
     columns: dict[str, Any] = {}
     for side, of_side in (("chosen", rows[: len(pairs)]), ("rejected", rows[len(pairs) :])):
         before = [sum(evidence.reference[row]) for row in of_side]

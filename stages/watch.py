@@ -31,6 +31,7 @@ from stages.artefacts import (
     PROMPTS,
     PROMPTS_SCHEMA,
     SFT,
+    is_first,
     map_table,
     read_table,
     rows_of_split,
@@ -157,6 +158,8 @@ class Look:
 
     def _keep(self, step: int, table: Table) -> None:
         """Whole or not at all; a look that is taken again writes the same again."""
+        if not is_first():
+            return
         self.directory.mkdir(exist_ok=True)
         partial = self.directory / "partial"
         write_table(partial, table, GENERATIONS_SCHEMA)

@@ -19,7 +19,7 @@ from prefopt.losses import LOSSES
 from prefopt.losses.formulas import value as formula
 from prefopt.packing import Row, Steps
 from prefopt.proofs import Case, batch_of, cases
-from prefopt.scoring import token_logps
+from prefopt.scoring import batches, token_logps
 from stages import label, params, train
 from stages.artefacts import (
     COMPLETIONS,
@@ -165,9 +165,9 @@ def step_of(
     """One step's metrics, and its gradient."""
     models.policy.zero_grad()
     metrics: Metrics = {}
-    objective = train.objective(
-        models, evidence, run_of(case, sft_weight), token_budget, list(range(6)), step, 0
-    )
+    rows_of = functools.partial(evidence.rows_of, case.loss.evidence)
+    cuts = batches(models.policy, range(6), rows_of, token_budget)
+    objective = train.objective(models, evidence, run_of(case, sft_weight), cuts, range(6), step, 0)
     for loss, parts in objective:
         loss.backward()
         for name, value in {"loss": loss.item(), **parts}.items():
