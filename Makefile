@@ -40,8 +40,8 @@ lock:  ## resolve requirements.in again
 	.prefopt/lock/bin/pip freeze --all | grep -Ev '^(torch|pip|triton|nvidia-.*|cuda-.*)==' > requirements.lock
 	rm -rf .prefopt/lock
 
-clean:  ## forget checkpoints, journals and locks; artefacts and DVC's cache stay
-	rm -rf .prefopt
+clean:  ## forget checkpoints, journals and locks; artefacts, DVC's cache and judges' ledgers stay
+	@test ! -d .prefopt || find .prefopt -mindepth 1 -maxdepth 1 ! -name ledger -exec rm -rf {} +
 
 # torch first and alone: the build that the machine's package index offers (CUDA on most).
 # The lock is complete, so nothing is resolved again.

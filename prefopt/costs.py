@@ -71,8 +71,9 @@ def price_of(policy: nn.Module, *, reading: bool = False) -> Price:
     """
     model: Any = policy
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    # Families without attention have no heads.
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     trains = not reading
     flows_back = embeddings.requires_grad

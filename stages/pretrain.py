@@ -24,7 +24,7 @@ from prefopt.loop import Optimisation, fit
 from prefopt.packing import Row, Steps
 from prefopt.scoring import token_logps
 from stages.artefacts import program
-from stages.models import DTYPES, bos, eos, save
+from stages.models import DTYPES, bos, eos, save, with_engine
 from stages.params import Pretrain, load_pretrain
 
 OPENINGS = ["This movie", "The acting", "I watched this", "A film about", "The worst part"]
@@ -200,7 +200,7 @@ def sampled(
         for text in OPENINGS
     ]
     completions = sample(
-        policy,
+        with_engine(policy),
         prompts,
         [recipe.seed + row for row in range(len(prompts))],
         max_new_tokens=60,

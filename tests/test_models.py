@@ -10,6 +10,7 @@ from test_engine import CONFIGS, gradients, made, shuffled_rows, weighted
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MambaConfig, MambaForCausalLM
 
 from prefopt.attention import NAME
 from prefopt.costs import Price, Work, matmul_peak, necessary, price_of
@@ -121,6 +122,21 @@ def test_the_price_of_attention_is_its_two_products() -> None:
     assert price_of(policy).attended == 2 * 2 * 2 * 16 * 3.5
     policy.requires_grad_(False)
     assert price_of(policy).attended == 2 * 2 * 2 * 16
+
+
+def test_a_model_without_attention_is_priced_by_its_matrices() -> None:
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=64, state_size=4)
+    price = price_of(MambaForCausalLM(config))
+    assert price.attended == 0
+    assert price.scored == 6 * 16 * 64
+    assert price.slot > 0
+
+
+def test_reading_costs_a_product_once() -> None:
+    policy = llama()
+    trained, read = price_of(policy), price_of(policy, reading=True)
+    assert (read.slot, read.scored) == (trained.slot / 3, trained.scored / 3)
+    assert read.attended == trained.attended / 3.5
 
 
 def test_nothing_flows_back_below_the_first_layer_that_trains() -> None:
