@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ INK, MUTED, GRID, PAPER = "#1f2430", "#69707d", "#e2e5ea", "#fffffe"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--card)"}
 FIGURE_FONT = "DejaVu Sans"  # comes with matplotlib, so that layouts are the same everywhere
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+TOLD = "told: "  # begins the ids that `save` makes titles of
 STYLE_OF_FIGURES: "dict[RcKeyType, Any]" = {
     "svg.hashsalt": "prefopt",
     "svg.fonttype": "none",
@@ -65,10 +67,14 @@ def draw(
     with rc_context(STYLE_OF_FIGURES):
         drawn = {
             "win_rates": draw_win_rates(params, results),
-            "reward_kl": draw_reward_kl(params, results, reference),
+            "reward_kl": draw_frontier(params, results, reference),
+            "length": draw_length(params, results, reference),
             "displacement": draw_displacement(results),
+            "logratios": draw_logratios(results),
             "curves": draw_curves(results),
         }
+        if "revisions" in results[0].metrics:
+            drawn["revisions"] = draw_revisions(params, results)
         for name, figure in drawn.items():
             save(figure, directory / f"{name}.svg")
     return list(drawn)
@@ -85,7 +91,15 @@ def draw_win_rates(params: Params, results: Sequence[Result]) -> Figure:
             for place, result in enumerate(results):
                 rate = result.metrics["win_rate"][opponent][judge]
                 axes.hlines(place, rate["low"], rate["high"], color=result.colour, linewidth=2)
-                axes.plot(rate["value"], place, marker=result.marker, color=result.colour)
+                (point,) = axes.plot(
+                    rate["value"], place, marker=result.marker, color=result.colour
+                )
+                tell(
+                    point,
+                    f"{result.name} over {OPPONENTS[opponent]} by {judge}: {rate['value']:.3f}, "
+                    f"95% interval {rate['low']:.3f} to {rate['high']:.3f}; {rate['policy']} won, "
+                    f"{rate['tie']} tied, {rate['opponent']} lost",
+                )
             gold = ", the gold reward" if judge == params.label.reward else ""
             axes.set_title(f"over {OPPONENTS[opponent]}, by {judge}{gold}")
     for axes in grid[-1]:
@@ -93,32 +107,154 @@ def draw_win_rates(params: Params, results: Sequence[Result]) -> Figure:
     return figure
 
 
-def draw_reward_kl(params: Params, results: Sequence[Result], reference: Reference) -> Figure:
-    figure = new_figure(8.2, 4.6)
-    axes = figure.subplots()
-    axes.grid(True)
-    axes.axhline(reference.gold_reward, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    points = [(0.0, reference.reward, "SFT")]
-    bars: list[tuple[tuple[float, float], tuple[float, float]]] = []
-    axes.plot(*points[0][:2], marker="o", markersize=9, color=INK, fillstyle="none")
+def draw_frontier(params: Params, results: Sequence[Result], reference: Reference) -> Figure:
+    """Mean gold reward, and win rate over SFT by it, against KL to the reference."""
+    figure = new_figure(10.6, 4.6)
+    rewards, rates = figure.subplots(1, 2)
+    judge = params.label.reward
+    points: dict[Axes, list[tuple[float, float, str]]] = {
+        rewards: [(0.0, reference.reward, "SFT")],
+        rates: [(0.0, 0.5, "SFT")],
+    }
+    bars: dict[Axes, list[tuple[tuple[float, float], tuple[float, float]]]]
+    bars = {rewards: [], rates: []}
+    for axes, ((x, y, _),) in points.items():
+        axes.grid(True)
+        (point,) = axes.plot(x, y, marker="o", markersize=9, color=INK, fillstyle="none")
+        tell(point, f"SFT, the reference: KL 0, mean reward {reference.reward:.3f}")
+        axes.margins(0.12)
+        axes.set_xlabel("KL(policy || reference), nats a completion")
+    rewards.axhline(reference.gold_reward, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    rates.axhline(0.5, color=MUTED, linewidth=1)
     for result in results:
-        rewards, _ = result.rewards("sft", params.label.reward)
-        error = np.std(rewards, ddof=1) / len(rewards) ** 0.5
-        x, y = result.metrics["kl"], result.metrics["reward"]
-        spread = result.metrics["kl_standard_error"]
-        axes.errorbar(
-            x, y, xerr=spread, yerr=error, color=result.colour, elinewidth=1,
-            marker=result.marker, markersize=8,
-        )  # fmt: skip
-        points.append((x, y, result.name))
-        bars += [((x - spread, y), (x + spread, y)), ((x, y - error), (x, y + error))]
-    axes.margins(0.12)
-    axes.set_xlabel("KL(policy || reference), nats a completion")
-    axes.set_title(f"mean reward by {params.label.reward}", fontweight="normal", color=MUTED)
-    axes.text(
-        axes.get_xlim()[1], reference.gold_reward, "gold ", ha="right", va="bottom", color=MUTED
+        values, _ = result.rewards("sft", judge)
+        error = float(np.std(values, ddof=1) / len(values) ** 0.5)
+        metrics = result.metrics
+        rate = metrics["win_rate"]["sft"][judge]
+        x, spread = metrics["kl"], metrics["kl_standard_error"]
+        words = (
+            f"{result.name} ({result.specification}): KL {x:.2f} ± {spread:.2f} nats, reward "
+            f"{metrics['reward']:.3f} ± {error:.3f}, win rate over SFT {rate['value']:.3f} "
+            f"[{rate['low']:.3f}, {rate['high']:.3f}], {metrics['length']:.1f} tokens"
+        )
+        for axes, y, low, high in (
+            (rewards, metrics["reward"], metrics["reward"] - error, metrics["reward"] + error),
+            (rates, rate["value"], rate["low"], rate["high"]),
+        ):
+            axes.hlines(y, x - spread, x + spread, color=result.colour, linewidth=1)
+            axes.vlines(x, low, high, color=result.colour, linewidth=1)
+            (point,) = axes.plot(x, y, marker=result.marker, markersize=8, color=result.colour)
+            tell(point, words)
+            points[axes].append((x, y, result.name))
+            bars[axes] += [((x - spread, y), (x + spread, y)), ((x, low), (x, high))]
+    rewards.set_title(f"mean reward by {judge}")
+    rates.set_title(f"win rate over SFT by {judge}")
+    rewards.text(
+        rewards.get_xlim()[1], reference.gold_reward, "gold ", ha="right", va="bottom", color=MUTED
     )
-    label_points(axes, points, bars)
+    for axes in (rewards, rates):
+        label_points(axes, points[axes], bars[axes])
+    return figure
+
+
+def draw_length(params: Params, results: Sequence[Result], reference: Reference) -> Figure:
+    """Mean tokens of each run, and its win rate as judged and at equal length."""
+    figure = new_figure(8.8, 1.4 + 0.3 * len(results))
+    tokens, rates = figure.subplots(1, 2, sharey=True, width_ratios=[2, 3])
+    judge = params.label.reward
+    for axes, centre in ((tokens, reference.length), (rates, 0.5)):
+        rows_of_runs(axes, results)
+        axes.axvline(centre, color=MUTED, linewidth=1)
+    for place, result in enumerate(results):
+        colour, marker = result.colour, result.marker
+        length = result.metrics["length"]
+        tokens.hlines(place, reference.length, length, color=colour, linewidth=2, alpha=0.5)
+        (point,) = tokens.plot(length, place, marker=marker, color=colour, markersize=7)
+        tell(point, f"{result.name}: {length:.1f} tokens; SFT {reference.length:.1f}")
+        judged = result.metrics["win_rate"]["sft"][judge]["value"]
+        controlled = result.metrics["length_controlled"]["sft"][judge].get("value")
+        if controlled is not None:
+            rates.hlines(place, judged, controlled, color=colour, linewidth=2, alpha=0.5)
+            (point,) = rates.plot(controlled, place, marker=marker, color=colour, markersize=7)
+            tell(point, f"{result.name} at equal length: {controlled:.3f}; as judged {judged:.3f}")
+        rates.plot(
+            judged, place, marker=marker, color=colour, markersize=7,
+            markerfacecolor=PAPER, markeredgewidth=1.6,
+        )  # fmt: skip
+    tokens.set_title("mean tokens; the line: SFT")
+    rates.set_title(f"win rate over SFT by {judge}; hollow: as judged, full: at equal length")
+    return figure
+
+
+def draw_logratios(results: Sequence[Result]) -> Figure:
+    """Log-ratios of chosen and rejected completions: over training, by length and by margin."""
+    figure = new_figure(9.4, 0.8 + 1.0 * len(results))
+    titles = {"step": "over training", "length": "by length", "margin": "by margin"}
+    units = {"step": "step", "length": "tokens of the completion", "margin": "margin, nats"}
+    grid = figure.subplots(len(results), 3, sharex="col", squeeze=False)
+    for row, result in zip(grid, results, strict=True):
+        deciles = result.metrics["deciles"]
+        for axes, panel in zip(row, titles, strict=True):
+            axes.axhline(0, color=MUTED, linewidth=0.8)
+            for side, dashes in (("chosen", "-"), ("rejected", (0, (2.5, 1.5)))):
+                if panel == "step":
+                    x, y = result.curve["step"], result.curve[f"logratios/{side}"]
+                else:
+                    x, y = zip(*deciles[panel][side], strict=True)
+                axes.plot(
+                    x, y, color=result.colour, linestyle=dashes, linewidth=1.5,
+                    marker="" if panel == "step" else "o", markersize=2.5,
+                )  # fmt: skip
+            axes.grid(True, axis="y")
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(axis="y", labelcolor=MUTED, labelsize=7.5)
+            if result is results[0]:
+                axes.set_title(titles[panel])
+            if result is results[-1]:
+                axes.set_xlabel(units[panel])
+        name_row(row[0], result)
+    figure.align_ylabels(grid[:, 0])
+    return figure
+
+
+def draw_revisions(params: Params, results: Sequence[Result]) -> Figure:
+    """Win rate against gold of every revision, a panel a split, with the bootstrap's bands."""
+    judge = params.label.reward
+    splits = list(results[0].metrics["revisions"])
+    figure = new_figure(4.9 * max(2, len(splits)), 3.8)
+    grid = figure.subplots(1, max(2, len(splits)), sharey=True)
+    for axes in grid[len(splits) :]:
+        axes.set_visible(False)
+    for axes, split in zip(grid, splits, strict=False):
+        axes.axhline(0.5, color=MUTED, linewidth=1)
+        for result in results:
+            by_revision = result.metrics["revisions"][split]
+            numbers = [int(key) for key in by_revision]
+            found = [by_revision[key]["gold"][judge] for key in by_revision]
+            means = np.array([one["bootstrap_mean"] for one in found])
+            spread = np.array([one["bootstrap_deviation"] for one in found])
+            axes.fill_between(
+                numbers, means - spread, means + spread, color=result.colour, alpha=0.12,
+                linewidth=0,
+            )  # fmt: skip
+            axes.plot(numbers, means, color=result.colour, linewidth=1.6, label=result.name)
+            for number, one in zip(numbers, found, strict=True):
+                (point,) = axes.plot(
+                    number, one["bootstrap_mean"], marker=result.marker, color=result.colour
+                )
+                tell(
+                    point,
+                    f"{result.name}, revision {number}, {split}: {one['value']:.3f} over gold by "
+                    f"{judge}, 95% interval {one['low']:.3f} to {one['high']:.3f}, bootstrap "
+                    f"{one['bootstrap_mean']:.3f} ± {one['bootstrap_deviation']:.3f}",
+                )
+        axes.grid(True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("revision")
+        where = "out of distribution" if split == "shifted" else "in distribution"
+        axes.set_title(f"{split}, {where}")
+    grid[0].set_ylabel(f"win rate over gold by {judge}")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -192,11 +328,13 @@ def draw_displacement(results: Sequence[Result]) -> Figure:
             values = result.metrics["displacement"]
             colour, marker = result.colour, result.marker
             axes.hlines(place, values[hollow], values[full], color=colour, linewidth=2, alpha=0.5)
-            axes.plot(values[full], place, marker=marker, color=colour, markersize=7)
-            axes.plot(
+            (point,) = axes.plot(values[full], place, marker=marker, color=colour, markersize=7)
+            (ring,) = axes.plot(
                 values[hollow], place, marker=marker, color=colour, markersize=7,
                 markerfacecolor=PAPER, markeredgewidth=1.6,
             )  # fmt: skip
+            for artist, key in ((point, full), (ring, hollow)):
+                tell(artist, f"{result.name}: {key.replace('_', ' ')} {values[key]:.3g}")
         axes.set_xlabel(unit)
     medians.set_title("full: chosen, hollow: rejected")
     shares.set_title("full: chosen fell, hollow: both fell")
@@ -218,6 +356,11 @@ def draw_curves(results: Sequence[Result]) -> Figure:
             start = {"loss": values[0], "rewards/margins": 0.0, "rewards/accuracies": 0.5}[column]
             axes.axhline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.plot(result.curve["step"], values, color=result.colour, linewidth=1.5)
+            if f"validation/{column}" in result.curve:
+                axes.plot(
+                    result.curve["step"], result.curve[f"validation/{column}"], linestyle="none",
+                    marker="o", markersize=3.5, color=INK, markerfacecolor=PAPER,
+                )  # fmt: skip
             axes.grid(True, axis="y")
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.tick_params(axis="y", labelcolor=MUTED, labelsize=7.5)
@@ -228,9 +371,7 @@ def draw_curves(results: Sequence[Result]) -> Figure:
                 axes.set_title(title)
             if result is results[-1]:
                 axes.set_xlabel("step")
-        row[0].set_ylabel(
-            result.name, rotation=0, ha="right", va="center", color=INK, fontweight="bold"
-        )
+        name_row(row[0], result)
     figure.align_ylabels(grid[:, 0])
     return figure
 
@@ -330,10 +471,22 @@ def rows_of_runs(axes: Axes, results: Sequence[Result]) -> None:
     axes.grid(True)
 
 
+def name_row(axes: Axes, result: Result) -> None:
+    """Whose row of panels this is."""
+    axes.set_ylabel(result.name, rotation=0, ha="right", va="center", color=INK, fontweight="bold")
+
+
+def tell(artist: Artist, words: str) -> None:
+    """What a point says when it is pointed at."""
+    artist.set_gid(TOLD + words)
+
+
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
     # Laid out with matplotlib's font, read in the reader's own, which is narrower.
-    path.write_text(path.read_text().replace(f"'{FIGURE_FONT}'", FONTS))
+    text = path.read_text().replace(f"'{FIGURE_FONT}'", FONTS)
+    text = re.sub(rf'<g id="{TOLD}([^"]*)">', r'<g class="point"><title>\1</title>', text)
+    path.write_text(text)
 
 
 def inline(path: Path, name: str) -> Markup:

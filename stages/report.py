@@ -6,14 +6,13 @@ stamps the copy with the commit and the digest of dvc.lock.
 """
 
 import argparse
+import base64
 import hashlib
 import html
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +20,55 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stages.artefacts import (
+    COMPARISON,
     PROMPTS,
     PROMPTS_SCHEMA,
     REPORT,
     WORK,
-    curve_of,
     digest,
     judgements_of,
     map_table,
-    metrics_of,
     program,
     samples_of,
     stage,
 )
 from stages.figures import draw, inline
 from stages.params import Params, dump_yaml, load_params
-from stages.results import OPPONENTS, Reference, Result, load_reference, load_result
+from stages.remedies import advice
+from stages.results import (
+    OPPONENTS,
+    Reference,
+    Result,
+    inputs_of,
+    load_cards,
+    load_comparison,
+    load_reference,
+    load_results,
+)
+from stages.tables import (
+    agreements,
+    certainty_rows,
+    elo_rows,
+    markdown,
+    matrices,
+    power,
+    result_columns,
+    signed,
+    spans,
+    summary,
+)
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 STYLE = Path(__file__).with_name("report.css")
+SCRIPT = Path(__file__).with_name("report.js")
 LOCK = Path("dvc.lock")
 PUBLISHED = Path("report")
 UNSTAMPED = "<!--stamp-->unstamped: run <code>make repro</code><!--/stamp-->"
 
-NUM_SHOWN = 10
+NUM_SHOWN = 10  # prompts in full view
+NUM_FOLDED = 30  # further prompts, folded
+NUM_WATCHED = 3  # prompts whose generations during training are shown
 SUSPICIOUS_NLL = 1.15  # times SFT's own
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    note: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the result table; its first cell is SFT's, then one per run."""
-
-    group: str
-    head: str
-    cells: list[Cell]
 
 
 def main() -> None:
@@ -71,18 +78,22 @@ def main() -> None:
         sys.stdout.write(f"{publish(head_commit(), lock_digest()) / 'index.html'}\n")
         return
     params = load_params()
-    inputs = [PROMPTS, samples_of("sft")]
+    inputs = [PROMPTS, COMPARISON, samples_of("sft"), *inputs_of(params)]
     for name in params.runs:
-        inputs += [metrics_of(name), judgements_of(name), samples_of(name), curve_of(name)]
+        inputs += [judgements_of(name), samples_of(name)]
     with stage(
-        "report", inputs=[*inputs, TEMPLATE, STYLE], outputs=[REPORT], params=params.model_dump()
+        "report",
+        inputs=[*inputs, TEMPLATE, STYLE, SCRIPT],
+        outputs=[REPORT],
+        params=params.model_dump(),
     ) as workspace:
         write_report(workspace.partial(REPORT), params, inputs)
 
 
 def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> None:
-    results = [load_result(name, number, params) for number, name in enumerate(params.runs)]
-    reference = load_reference(results[0], params.label.reward)
+    results = load_results(params)
+    reference = load_reference(params, results[0])
+    comparison = load_comparison()
     columns = result_columns(params, results, reference)
     figures = directory / "figures"
     figures.mkdir(parents=True)
@@ -96,18 +107,34 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters.update(signed=signed)
+    script = SCRIPT.read_text()
     page = environment.get_template(TEMPLATE.name).render(
         params=params,
         results=results,
+        opponents=OPPONENTS,
         columns=columns,
-        lead=lead(params, results),
+        spans=spans(columns),
+        lead=lead(params, results, comparison),
         cautions=cautions(params, results),
         num_prompts=len(reference.texts),
+        certainty=certainty_rows(params, results),
+        power=power(params, results),
+        matrices=matrices(params, comparison),
+        elo=elo_rows(comparison),
+        advice=advice(params, results),
         figures={name: inline(figures / f"{name}.svg", name) for name in drawn},
         samples=shown_samples(params, results, reference),
+        num_shown=NUM_SHOWN,
+        num_watched=NUM_WATCHED,
+        prompts=map_table(PROMPTS, PROMPTS_SCHEMA)["text"],
+        agreements=agreements(params, results),
+        cards=load_cards(params),
         resolved=dump_yaml(params.model_dump()),
         digests={str(path): digest(path) for path in inputs},
         style=Markup(STYLE.read_text()),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         stamp=Markup(UNSTAMPED),
     )
     (directory / "index.html").write_text(page)
@@ -163,17 +190,34 @@ def best_run(params: Params, results: Sequence[Result]) -> Result:
     return max(results, key=lambda r: r.metrics["win_rate"]["sft"][params.label.reward]["value"])
 
 
-def lead(params: Params, results: Sequence[Result]) -> dict[str, Any]:
-    """What the page says first: the best run, and whom its interval does not leave behind."""
+def lead(params: Params, results: Sequence[Result], comparison: dict[str, Any]) -> dict[str, Any]:
+    """What the page says first: the best run, and which others it is not shown to beat.
+
+    By the paired comparisons with Holm's correction, where trainings of one objective with several
+    seeds are one.
+    """
     best = best_run(params, results)
-    estimate = best.metrics["win_rate"]["sft"][params.label.reward]
-    rivals = [
-        result.name
-        for result in results
-        if result is not best
-        and result.metrics["win_rate"]["sft"][params.label.reward]["high"] >= estimate["low"]
+    pairs = [
+        pair
+        for pair in comparison["win_rate"]["sft"][params.label.reward]
+        if best.name in names_in(pair["first"]) + names_in(pair["second"])
     ]
-    return {"best": best, "estimate": estimate, "rivals": rivals}
+    beaten, equals = list[str](), list[str]()
+    for pair in pairs:
+        first = best.name in names_in(pair["first"])
+        own, other = (pair["first"], pair["second"]) if first else (pair["second"], pair["first"])
+        (beaten if pair["verdict"] == f"{own} beats {other}" else equals).append(other)
+    return {
+        "best": best,
+        "estimate": best.metrics["win_rate"]["sft"][params.label.reward],
+        "beaten": beaten,
+        "equals": equals,
+    }
+
+
+def names_in(family: str) -> list[str]:
+    """The runs that a comparison's name joins."""
+    return family.split(" + ")
 
 
 def cautions(params: Params, results: Sequence[Result]) -> dict[str, list[str]]:
@@ -204,102 +248,6 @@ def cautions(params: Params, results: Sequence[Result]) -> dict[str, list[str]]:
     return found
 
 
-def result_columns(params: Params, results: Sequence[Result], reference: Reference) -> list[Column]:
-    """The result table, for the page and for Markdown alike."""
-    judges, label = params.evaluation.judges, params.label.reward
-
-    def column(group: str, head: str, sft: str, cell: Callable[[dict[str, Any]], Cell]) -> Column:
-        return Column(group, head, [Cell(sft), *(cell(result.metrics) for result in results)])
-
-    def number(
-        group: str, head: str, key: str, sft: float | None, form: str, within: str = ""
-    ) -> Column:
-        def cell(metrics: dict[str, Any]) -> Cell:
-            return Cell(signed((metrics[within] if within else metrics)[key], form))
-
-        return column(group, head, "" if sft is None else signed(sft, form), cell)
-
-    def kl(metrics: dict[str, Any]) -> Cell:
-        return Cell(signed(metrics["kl"], ".2f"), f"± {metrics['kl_standard_error']:.2f}")
-
-    return [
-        *(
-            win_rate_column(opponent, judge, results, is_gold=judge == label)
-            for opponent in OPPONENTS
-            for judge in judges
-        ),
-        column("policy", "KL, nats", "0", kl),
-        number("policy", f"reward ({label})", "reward", reference.reward, ".3f"),
-        number("completions", "tokens", "length", reference.length, ".1f"),
-        number("completions", "distinct 2-grams", "distinct_2", reference.distinct_2, ".3f"),
-        number("completions", "NLL a token", "nll_under_sft", reference.nll, ".2f"),
-        number("displacement", "chosen fell", "chosen_fell", None, ".0%", "displacement"),
-        number("displacement", "both fell", "both_fell", None, ".0%", "displacement"),
-        number("displacement", "median chosen", "median_chosen", 0.0, "+.2f", "displacement"),
-        number("displacement", "median rejected", "median_rejected", 0.0, "+.2f", "displacement"),
-    ]
-
-
-def win_rate_column(
-    opponent: str, judge: str, results: Sequence[Result], *, is_gold: bool
-) -> Column:
-    rates = [result.metrics["win_rate"][opponent][judge] for result in results]
-    highest = max(rate["value"] for rate in rates)
-    cells = [
-        Cell(
-            f"{rate['value']:.2f}",
-            f"{rate['low']:.2f}\N{EN DASH}{rate['high']:.2f}",
-            rate["value"] == highest,
-        )
-        for rate in rates
-    ]
-    head = f"{judge} (gold reward)" if is_gold else judge
-    return Column(f"win rate over {OPPONENTS[opponent]}", head, [Cell(""), *cells])
-
-
-def signed(value: float, form: str) -> str:
-    """A number with a true minus sign, and no minus zero."""
-    text = format(value, form)
-    if not re.search("[1-9]", text):
-        text = text.lstrip("-+")
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def markdown(params: Params, results: Sequence[Result], columns: Sequence[Column]) -> str:
-    heads = ["run", "loss", *(f"{column.group}: {column.head}" for column in columns)]
-    rows = [["sft", "the reference"], *([f"`{r.name}`", r.specification] for r in results)]
-    lines = [heads, ["---", "---", *["---:"] * len(columns)]]
-    for number, row in enumerate(rows):
-        cells = [column.cells[number] for column in columns]
-        lines.append(
-            [*row, *(" ".join(filter(None, [c.text, c.note])) or "\N{EN DASH}" for c in cells)]
-        )
-    table = "\n".join("| " + " | ".join(line).replace("\n", " ") + " |" for line in lines)
-    return (
-        f"# {params.recipe}\n\n{table}\n\n"
-        "Win rates with 95% bootstrap intervals over prompts, ties counting one half; KL to the "
-        "reference in nats a completion, ± its standard error; NLL under SFT in nats.\n"
-    )
-
-
-def summary(params: Params, results: Sequence[Result]) -> str:
-    """The main figures of each run for a terminal of 100 columns."""
-    judges = params.evaluation.judges
-    heads = [f"over SFT, {judge}" for judge in judges] + ["KL", "reward", "NLL/SFT's"]
-    lines = ["run".ljust(18) + "".join(head.rjust(21) for head in heads[: len(judges)])]
-    lines[0] += "".join(head.rjust(10) for head in heads[len(judges) :])
-    for result in results:
-        metrics = result.metrics
-        line = result.name.ljust(18)
-        for judge in judges:
-            rate = metrics["win_rate"]["sft"][judge]
-            line += f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]".rjust(21)
-        ratio = metrics["nll_under_sft"] / metrics["nll_of_sft"]
-        line += f"{metrics['kl']:10.2f}{metrics['reward']:10.3f}{ratio:10.3f}"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
 def shown_samples(
     params: Params, results: Sequence[Result], reference: Reference
 ) -> list[dict[str, Any]]:
@@ -316,18 +264,16 @@ def shown_samples(
                 {
                     "run": result,
                     "text": result.texts[number],
-                    "verdicts": {
-                        opponent: {
-                            judge: result.judgements[number, opponent, judge]
-                            for judge in params.evaluation.judges
-                        }
+                    "verdicts": [
+                        (opponent, judge, result.judgements[number, opponent, judge])
                         for opponent in OPPONENTS
-                    },
+                        for judge in params.evaluation.judges
+                    ],
                 }
                 for result in ordered
             ],
         }
-        for number in list(reference.texts)[:NUM_SHOWN]
+        for number in list(reference.texts)[: NUM_SHOWN + NUM_FOLDED]
     ]
 
 
