@@ -87,7 +87,7 @@ def length_controlled(
         rates[start : start + size] = _sigmoid(found[0])
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return LengthControlled(
-        value=float(_sigmoid(theta)),
+        value=float(_sigmoid(np.array([theta]))[0]),
         low=float(low),
         high=float(high),
         standard_error=float(rates.std()),
