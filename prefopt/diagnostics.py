@@ -118,13 +118,18 @@ def moved_off_both(moved: Moved) -> Float[np.ndarray, " pairs"]:
 def by_decile(
     values: Float[np.ndarray, " pairs"], by: Float[np.ndarray, " pairs"], num_groups: int = 10
 ) -> list[tuple[float, float]]:
-    """Median of `by`, and median of `values`, in groups of equal size ordered by `by`.
+    """Median of `by`, and median of `values`, in groups ordered by `by`.
 
-    Fewer pairs than groups give one group a pair.
+    Groups are of equal size, but equal values of `by` stay together. Fewer pairs than groups give
+    at most one group a pair.
     """
-    order = np.argsort(by, kind="stable")
-    groups = np.array_split(order, min(num_groups, len(order)))
-    return [(float(np.median(by[group])), float(np.median(values[group]))) for group in groups]
+    _, place, counts = np.unique(by, return_inverse=True, return_counts=True)
+    mean_rank = (np.cumsum(counts) - (counts + 1) / 2)[place]
+    group = (mean_rank * min(num_groups, len(by)) / len(by)).astype(int)
+    return [
+        (float(np.median(by[group == number])), float(np.median(values[group == number])))
+        for number in np.unique(group)
+    ]
 
 
 def displacement_findings(moved: Moved) -> list[Finding]:
@@ -134,6 +139,8 @@ def displacement_findings(moved: Moved) -> list[Finding]:
     mass = moved_off_both(moved)
     lost = float((mass < 0).mean())
     median = float(np.median(mass))
+    factor = math.exp(median)
+    left = f"{factor:.2g} times its mass" if factor >= 0.01 else "less than a hundredth of its mass"
     return [
         _graded(
             "both_fell",
@@ -157,7 +164,7 @@ def displacement_findings(moved: Moved) -> list[Finding]:
             0.0,
             _above(lost, watch=0.5, alarm=0.75),
             f"{lost:.0%} of the pairs together lost mass to completions that nobody labelled; the "
-            f"median pair has {math.exp(median):.2g} times its mass",
+            f"median pair has {left}",
             AGAINST_DISPLACEMENT,
         ),
     ]

@@ -82,7 +82,7 @@ def draw(
 
 def draw_win_rates(params: Params, results: Sequence[Result]) -> Figure:
     judges = params.evaluation.judges
-    figure = new_figure(max(8.8, 1.6 + 3.6 * len(judges)), 1.2 + 0.5 * len(results))
+    figure = new_figure(max(10.2, 1.6 + 3.6 * len(judges)), 1.2 + 0.5 * len(results))
     grid = figure.subplots(len(OPPONENTS), len(judges), sharex=True, sharey=True, squeeze=False)
     for row, opponent in zip(grid, OPPONENTS, strict=True):
         for axes, judge in zip(row, judges, strict=True):
@@ -159,7 +159,7 @@ def draw_frontier(params: Params, results: Sequence[Result], reference: Referenc
 
 def draw_length(params: Params, results: Sequence[Result], reference: Reference) -> Figure:
     """Mean tokens of each run, and its win rate as judged and at equal length."""
-    figure = new_figure(8.8, 1.4 + 0.3 * len(results))
+    figure = new_figure(10.2, 1.4 + 0.3 * len(results))
     tokens, rates = figure.subplots(1, 2, sharey=True, width_ratios=[2, 3])
     judge = params.label.reward
     for axes, centre in ((tokens, reference.length), (rates, 0.5)):
@@ -182,16 +182,16 @@ def draw_length(params: Params, results: Sequence[Result], reference: Reference)
             markerfacecolor=PAPER, markeredgewidth=1.6,
         )  # fmt: skip
     tokens.set_title("mean tokens; the line: SFT")
-    rates.set_title(f"win rate over SFT by {judge}; hollow: as judged, full: at equal length")
+    rates.set_title(f"win rate by {judge}; hollow: as judged, full: at equal length")
     return figure
 
 
 def draw_logratios(results: Sequence[Result]) -> Figure:
     """Log-ratios of chosen and rejected completions: over training, by length and by margin."""
-    figure = new_figure(9.4, 0.8 + 1.0 * len(results))
+    figure = new_figure(10.2, 0.8 + 1.0 * len(results))
     titles = {"step": "over training", "length": "by length", "margin": "by margin"}
     units = {"step": "step", "length": "tokens of the completion", "margin": "margin, nats"}
-    grid = figure.subplots(len(results), 3, sharex="col", squeeze=False)
+    grid = figure.subplots(len(results), len(titles), squeeze=False)
     for row, result in zip(grid, results, strict=True):
         deciles = result.metrics["deciles"]
         for axes, panel in zip(row, titles, strict=True):
@@ -208,6 +208,11 @@ def draw_logratios(results: Sequence[Result]) -> Figure:
             axes.grid(True, axis="y")
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(axis="y", labelcolor=MUTED, labelsize=7.5)
+            # Margins are as far apart as runs are; the others share their scale.
+            if panel != "margin":
+                if result is not results[0]:
+                    axes.sharex(grid[0, list(titles).index(panel)])
+                axes.tick_params(labelbottom=result is results[-1])
             if result is results[0]:
                 axes.set_title(titles[panel])
             if result is results[-1]:
@@ -315,7 +320,7 @@ def badness(
 
 
 def draw_displacement(results: Sequence[Result]) -> Figure:
-    figure = new_figure(8.8, 1.4 + 0.3 * len(results))
+    figure = new_figure(10.2, 1.4 + 0.3 * len(results))
     medians, shares = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     panels: list[tuple[Axes, str, str, str]] = [
         (medians, "median_rejected", "median_chosen", "median log-ratio, nats"),
@@ -348,7 +353,7 @@ def draw_curves(results: Sequence[Result]) -> Figure:
         "rewards/margins": "margin of implicit rewards",
         "rewards/accuracies": "accuracy of implicit rewards",
     }
-    figure = new_figure(9.4, 0.6 + 0.85 * len(results))
+    figure = new_figure(10.2, 0.6 + 0.85 * len(results))
     grid = figure.subplots(len(results), len(panels), sharex="col", squeeze=False)
     for row, result in zip(grid, results, strict=True):
         for axes, (column, title) in zip(row, panels.items(), strict=True):

@@ -57,10 +57,12 @@ def advice(params: Params, results: Sequence[Result]) -> list[Advice]:
                 group.names += [found["name"]] if found["name"] not in group.names else []
                 group.runs += [result] if result not in group.runs else []
     for remedies, group in groups.items():
+        # What is proposed starts from a run that needs it and whose numbers can be kept.
+        start = next((run for run in group.runs if "beta" in params.runs[run.name]), group.runs[0])
         for remedy in remedies:
             having = [r for r in results if _has(params, params.runs[r.name], remedy)]
             group.tried += [Tried(run, remedy, _worst(run, group.names)) for run in having]
-            line = None if having else _line(params, group.runs[0], remedy)
+            line = None if having else _line(params, start, remedy)
             group.lines += [line] if line else []
     return list(groups.values())
 

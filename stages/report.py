@@ -107,9 +107,9 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(signed=signed)
     script = SCRIPT.read_text()
     page = environment.get_template(TEMPLATE.name).render(
+        signed=signed,
         params=params,
         results=results,
         opponents=OPPONENTS,

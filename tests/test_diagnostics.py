@@ -102,6 +102,12 @@ def test_deciles_are_of_equal_size_and_in_order() -> None:
     assert all(value == 2 * at for at, value in groups)
 
 
+def test_equal_values_are_never_parted() -> None:
+    by = np.array([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0])
+    groups = by_decile(values=np.arange(10.0), by=by)
+    assert groups == [(1.0, 0.0), (2.0, 4.5), (3.0, 9.0)]
+
+
 def test_few_pairs_make_few_groups() -> None:
     assert by_decile(np.array([1.0, 2.0]), np.array([5.0, 4.0])) == [(4.0, 2.0), (5.0, 1.0)]
 
