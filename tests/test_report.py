@@ -325,6 +325,7 @@ def test_a_plain_comparison_has_no_trace_of_what_is_not_there(
 
 def test_the_first_sentence_claims_what_the_paired_comparisons_show(rich: Path, page: str) -> None:
     pairs = json.loads((rich / COMPARISON).read_text())["win_rate"]["sft"]["vader"]
+    assert {pair["num_prompts"] for pair in pairs} == {NUM_TEST}
     verdict = {(pair["first"], pair["second"]): pair["verdict"] for pair in pairs}
     assert verdict["dpo", "squared"] == "dpo beats squared"
     assert verdict["ipo", "squared"] == "no significant difference"
@@ -371,7 +372,31 @@ def test_the_headline_is_of_first_completions_and_revisions_have_estimates_of_th
     assert rewards[0] == rewards[1]  # SFT's first completions are the opponent of every revision
 
 
-def with_findings(params: Params, levels: dict[str, str], remedies: list[str]) -> list[Result]:
+@pytest.mark.parametrize(
+    ("pairs", "beaten", "equal"),
+    [
+        ([("again + best", "other", "again + best beats other")], ["other"], []),
+        ([("other", "again + best", "again + best beats other")], ["other"], []),
+        ([("other", "again + best", "other beats again + best")], [], ["other"]),
+        ([("other", "third", "other beats third")], [], []),
+    ],
+    ids=["first", "second", "beaten itself", "of others"],
+)
+def test_a_run_of_several_seeds_is_compared_as_its_family(
+    pairs: list[tuple[str, str, str]], beaten: list[str], equal: list[str]
+) -> None:
+    params = Params.model_validate(shipped_params())
+    levels = {"again": 0.5, "best": 0.9, "other": 0.6, "third": 0.4}
+    results = with_findings(dict.fromkeys(levels, "fine"), [])
+    for result, value in zip(results, levels.values(), strict=True):
+        result.metrics["win_rate"] = {"sft": {"vader": {"value": value}}}
+    keys = ("first", "second", "verdict")
+    found = [dict(zip(keys, pair, strict=True)) for pair in pairs]
+    told = report.lead(params, results, {"win_rate": {"sft": {"vader": found}}})
+    assert (told["best"].name, told["beaten"], told["equals"]) == ("best", beaten, equal)
+
+
+def with_findings(levels: dict[str, str], remedies: list[str]) -> list[Result]:
     return [
         Result(
             name=name, specification="", colour="", marker="", curve={}, judgements={}, texts={},
@@ -395,7 +420,7 @@ def test_remedies_are_runs_of_this_comparison_or_lines_that_would_try_them(rich:
         params = load_params()
     remedies = ["divergence: squared_log", "loss: dpop", "learning_rate", "beta", "sft_weight"]
     levels = {"dpo": "alarm", "ipo": "fine", "squared": "watch"}
-    (found,) = advice(params, with_findings(params, levels, remedies))
+    (found,) = advice(params, with_findings(levels, remedies))
     assert [result.name for result in found.runs] == ["dpo", "squared"]
     assert [(tried.run.name, tried.level) for tried in found.tried] == [("squared", "watch")]
     assert [yaml.safe_load(line) for line in found.lines] == [
@@ -404,7 +429,7 @@ def test_remedies_are_runs_of_this_comparison_or_lines_that_would_try_them(rich:
         {"dpo_closer": {"loss": "dpo", "beta": 0.2}},
         {"dpo_sft_weight": {"loss": "dpo", "beta": 0.1, "sft_weight": YOURS}},
     ]
-    assert advice(params, with_findings(params, dict.fromkeys(levels, "fine"), remedies)) == []
+    assert advice(params, with_findings(dict.fromkeys(levels, "fine"), remedies)) == []
 
 
 def test_what_proposed_losses_read_is_what_their_functions_take() -> None:
