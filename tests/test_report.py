@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from html.parser import HTMLParser
 from inspect import signature
 from pathlib import Path
@@ -222,7 +222,7 @@ def write_card(judge: str) -> None:
 
 
 @contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
+def inside(folder: Path) -> Generator[None, None, None]:
     """Work in a folder where judgements have the words of `write_words`."""
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(verdicts, "JUDGEMENTS_SCHEMA", WITH_WORDS)
