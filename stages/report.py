@@ -46,6 +46,7 @@ from stages.results import (
     load_results,
 )
 from stages.tables import (
+    NO_DIFFERENCE,
     agreements,
     certainty_rows,
     elo_rows,
@@ -194,7 +195,7 @@ def lead(params: Params, results: Sequence[Result], comparison: dict[str, Any]) 
     """What the page says first: the best run, and which others it is not shown to beat.
 
     By the paired comparisons with Holm's correction, where trainings of one objective with several
-    seeds are one.
+    seeds are one; so another may be better than the family of the best run.
     """
     best = best_run(params, results)
     pairs = [
@@ -202,16 +203,20 @@ def lead(params: Params, results: Sequence[Result], comparison: dict[str, Any]) 
         for pair in comparison["win_rate"]["sft"][params.label.reward]
         if best.name in names_in(pair["first"]) + names_in(pair["second"])
     ]
-    beaten, equals = list[str](), list[str]()
+    beaten, equals, better = list[str](), list[str](), list[str]()
     for pair in pairs:
         first = best.name in names_in(pair["first"])
         own, other = (pair["first"], pair["second"]) if first else (pair["second"], pair["first"])
-        (beaten if pair["verdict"] == f"{own} beats {other}" else equals).append(other)
+        if pair["verdict"] == NO_DIFFERENCE:
+            equals.append(other)
+        else:
+            (beaten if pair["verdict"].startswith(f"{own} beats ") else better).append(other)
     return {
         "best": best,
         "estimate": best.metrics["win_rate"]["sft"][params.label.reward],
         "beaten": beaten,
         "equals": equals,
+        "better": better,
     }
 
 

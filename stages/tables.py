@@ -14,6 +14,7 @@ from stages.params import Params
 from stages.results import OPPONENTS, Reference, Result
 
 EN_DASH = "\N{EN DASH}"
+NO_DIFFERENCE = "no significant difference"  # the verdict of a comparison that found none
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,6 @@ def matrices(params: Params, comparison: dict[str, Any]) -> list[dict[str, Any]]
                     }
                 )
     return found
-
-
-NO_DIFFERENCE = "no significant difference"
 
 
 def _difference(pair: dict[str, Any], sign: int) -> dict[str, Any]:

@@ -372,28 +372,32 @@ def test_the_headline_is_of_first_completions_and_revisions_have_estimates_of_th
     assert rewards[0] == rewards[1]  # SFT's first completions are the opponent of every revision
 
 
+FAMILY = "again + best"
+
+
 @pytest.mark.parametrize(
-    ("pairs", "beaten", "equal"),
+    ("first", "second", "verdict", "place"),
     [
-        ([("again + best", "other", "again + best beats other")], ["other"], []),
-        ([("other", "again + best", "again + best beats other")], ["other"], []),
-        ([("other", "again + best", "other beats again + best")], [], ["other"]),
-        ([("other", "third", "other beats third")], [], []),
+        (FAMILY, "other", f"{FAMILY} beats other", "beaten"),
+        ("other", FAMILY, f"{FAMILY} beats other", "beaten"),
+        ("other", FAMILY, "no significant difference", "equals"),
+        ("other", FAMILY, f"other beats {FAMILY}", "better"),
+        ("other", "third", "other beats third", None),
     ],
-    ids=["first", "second", "beaten itself", "of others"],
 )
 def test_a_run_of_several_seeds_is_compared_as_its_family(
-    pairs: list[tuple[str, str, str]], beaten: list[str], equal: list[str]
+    first: str, second: str, verdict: str, place: str | None
 ) -> None:
     params = Params.model_validate(shipped_params())
-    levels = {"again": 0.5, "best": 0.9, "other": 0.6, "third": 0.4}
-    results = with_findings(dict.fromkeys(levels, "fine"), [])
-    for result, value in zip(results, levels.values(), strict=True):
+    rates = {"again": 0.5, "best": 0.9, "other": 0.6, "third": 0.4}
+    results = with_findings(dict.fromkeys(rates, "fine"), [])
+    for result, value in zip(results, rates.values(), strict=True):
         result.metrics["win_rate"] = {"sft": {"vader": {"value": value}}}
-    keys = ("first", "second", "verdict")
-    found = [dict(zip(keys, pair, strict=True)) for pair in pairs]
-    told = report.lead(params, results, {"win_rate": {"sft": {"vader": found}}})
-    assert (told["best"].name, told["beaten"], told["equals"]) == ("best", beaten, equal)
+    pair = {"first": first, "second": second, "verdict": verdict}
+    told = report.lead(params, results, {"win_rate": {"sft": {"vader": [pair]}}})
+    assert told["best"].name == "best"
+    found = {name: told[name] for name in ("beaten", "equals", "better") if told[name]}
+    assert found == ({place: ["other"]} if place else {})
 
 
 def with_findings(levels: dict[str, str], remedies: list[str]) -> list[Result]:
