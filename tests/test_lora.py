@@ -35,6 +35,8 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    REVISIONS,
+    REVISIONS_SCHEMA,
     SAMPLES_SCHEMA,
     SFT,
     curve_of,
@@ -135,6 +137,7 @@ def labelled(base: Path, write_params: Write) -> Path:
     write_params(
         **{
             "train.lora": LORA_WRITTEN,
+            "watch.every": None,
             "train.batch_size": 4,
             "train.learning_rate": 0.05,
             "train.num_epochs": 4,
@@ -163,11 +166,13 @@ def labelled(base: Path, write_params: Write) -> Path:
     }
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
     pairs = {
+        "split": ["train"] * 8,
         "chosen": [*range(0, 16, 2)],
         "rejected": [*range(1, 16, 2)],
         "preference": [1.0] * 8,
     }
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
+    write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     reference.main()
     return SFT
 
@@ -190,7 +195,7 @@ def test_the_stored_reference_is_the_policy_with_its_adapters_off(labelled: Path
     moved(policy)
     # A prompt's completions together, as the reference is scored.
     stored = [evidence.reference[row] for row in (0, 1)]
-    rows = evidence.rows[:2]
+    rows = [evidence.rows[row] for row in (0, 1)]
     policy.disable_adapters()
     off = [logp.tolist() for logp in token_logps(policy, rows)]
     policy.enable_adapters()
@@ -254,7 +259,7 @@ def test_a_run_with_adapters_leaves_them_alone_and_what_follows_reads_them(
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < 0.6
     logratios = read_table(logratios_of("dpo"), LOGRATIOS_SCHEMA)
-    rows = Evidence().rows_of(0)
+    rows = Evidence().rows_of("Pairs", 0)
     with torch.no_grad():
         chosen, _ = (logp.sum().item() for logp in token_logps(merged, rows))
     stored = sum(Evidence().reference[0])

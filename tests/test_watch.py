@@ -24,6 +24,8 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    REVISIONS,
+    REVISIONS_SCHEMA,
     SFT,
     curve_of,
     digest,
@@ -68,6 +70,7 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
     }
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
     write_pairs(splits)
+    write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     write_params()
     reference.main()
     monkeypatch.setattr(sys, "argv", ["train", "x"])
