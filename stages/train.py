@@ -104,7 +104,7 @@ def main() -> None:
         steps = steps_of_pairs(evidence, run)
         look = Look(
             functools.partial(on_validation_pairs, pair, evidence, run, compute.token_budget),
-            author(pair, params),
+            author(pair, params, run.watch),
             workspace.directory / "looks",
         )
         watched = watch(look, run.watch, len(steps))

@@ -103,13 +103,24 @@ class Author:
         return table
 
 
-def author(pair: Models, params: Params) -> Author | None:
-    """Who completes the first `watch.num_generations` prompts of the validation split, if any."""
-    if not params.watch.writes:
+def author(pair: Models, params: Params, settings: Watching) -> Author | None:
+    """Who completes the first `num_generations` prompts of the validation split, if there are any.
+
+    Raises:
+        ValueError: if the KL has a budget and there are none.
+    """
+    if not settings.writes:
         return None
     table = map_table(PROMPTS, PROMPTS_SCHEMA)
-    rows = rows_of_split(table, "validation")[: params.watch.num_generations]
-    return Author(pair, params, {row: table["tokens"][row] for row in rows})
+    rows = rows_of_split(table, "validation")[: settings.num_generations]
+    if rows:
+        return Author(pair, params, {row: table["tokens"][row] for row in rows})
+    if settings.max_kl is not None:
+        raise ValueError(
+            f"watch.max_kl: needs completions of validation prompts, got none in {PROMPTS}; set "
+            "data.num_validation, or max_kl to null"
+        )
+    return None
 
 
 @dataclass(frozen=True)
