@@ -226,7 +226,7 @@ def test_separated_verdicts_are_said_to_be_and_stay_finite() -> None:
     found = length_controlled(won, longer, np.arange(100), seed=0, num_resamples=50)
     assert found.is_separated
     assert found.value == pytest.approx(0.5, abs=1e-6)
-    won[0] = 0.0
+    won[10] = 0.0
     assert not length_controlled(won, longer, np.arange(100), seed=0, num_resamples=5).is_separated
 
 
