@@ -188,7 +188,7 @@ WITH_WORDS = pa.schema(
 
 
 def write_words(name: str) -> None:
-    """Of TextBlob, both orders' verdicts and words as a model would give them, and two gaps."""
+    """Of TextBlob, both orders' verdicts and words as a model would give them, and three gaps."""
     table = read_table(judgements_of(name), JUDGEMENTS_SCHEMA)
     by_model = [judge == "textblob" for judge in table["judge"]]
     for place, column in enumerate(WORDS):
@@ -197,8 +197,8 @@ def write_words(name: str) -> None:
             "" if not model else said if column.endswith("reply") else verdict
             for model, verdict in zip(by_model, table["verdict"], strict=True)
         ]
-    gaps = [row for row, model in enumerate(by_model) if model][2:4]
-    for row, verdict in zip(gaps, ("unparsed", "refused"), strict=True):
+    gaps = [row for row, model in enumerate(by_model) if model][2:5]
+    for row, verdict in zip(gaps, ("unparsed", "refused", "missing"), strict=True):
         table["verdict"][row] = verdict
     write_table(judgements_of(name), table, WITH_WORDS)
 

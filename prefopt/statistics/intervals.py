@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 WORTH = {"policy": 1.0, "tie": 0.5, "opponent": 0.0}
-MISSING = ("unparsed", "refused")
+MISSING = ("unparsed", "refused", "missing")
 
 
 @dataclass(frozen=True)
