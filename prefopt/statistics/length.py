@@ -1,7 +1,6 @@
 """Win rates at equal length: what a judge that likes length would say without it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -124,7 +123,7 @@ def _fitted(
     raise AssertionError("length control: Newton's method has not converged")
 
 
-def _sigmoid(x: Float[np.ndarray, "*any"] | float) -> Any:
+def _sigmoid(x: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
     return 0.5 * (1 + np.tanh(x / 2))
 
 
