@@ -115,6 +115,7 @@ def parameters() -> dict[str, Any]:
         "source": "pairs.jsonl", "num_train": None, "num_validation": SPARE, "num_test": SPARE,
     }  # fmt: skip
     tree["label"] |= {"method": "given"}
+    tree["revision"] |= {"template": str(PROJECT / "recipes/templates/revision.txt")}
     tree["sft"] |= OPTIMISER
     tree["train"] |= OPTIMISER
     tree["compute"] |= {"checkpoint_every": 1000}

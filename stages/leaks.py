@@ -4,9 +4,12 @@ Prompts are disjoint by construction; this finds whole texts that differ in a fe
 evaluation's word trigrams are kept, so memory does not grow with the training data.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+
+Gram = tuple[str, ...]
 
 THRESHOLD = 0.7  # of two texts' word trigrams, shared over all
 NUM_SHOWN = 5
@@ -30,20 +33,24 @@ class Leak:
 def leaks(training: Iterable[str], evaluation: Iterable[str]) -> Iterator[Leak]:
     """The pairs of texts whose similarity reaches the threshold, in the order of training."""
     kept = [trigrams(text) for text in evaluation]
-    holders: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+    frequency = Counter(gram for grams in kept for gram in grams)
+    # Of so similar texts at least `least` trigrams are shared, and so one of all but `least - 1`:
+    # the rarest of them are enough to meet by, and common phrases bring nobody together.
+    holders: defaultdict[Gram, list[int]] = defaultdict(list)
     for number, grams in enumerate(kept):
-        for gram in grams:
+        least = math.ceil(THRESHOLD * len(grams))
+        rarest = sorted(grams, key=lambda gram: (frequency[gram], gram))
+        for gram in rarest[: len(grams) - least + 1]:
             holders[gram].append(number)
     for number, text in enumerate(training):
         grams = trigrams(text)
-        shared = Counter(holder for gram in grams for holder in holders.get(gram, ()))
-        for holder, count in sorted(shared.items()):
-            similarity = count / (len(grams) + len(kept[holder]) - count)
+        for holder in sorted({holder for gram in grams for holder in holders.get(gram, ())}):
+            similarity = len(grams & kept[holder]) / len(grams | kept[holder])
             if similarity >= THRESHOLD:
                 yield Leak(number, holder, similarity)
 
 
-def trigrams(text: str) -> set[tuple[str, ...]]:
+def trigrams(text: str) -> set[Gram]:
     """A text's word trigrams, without case; a text of fewer words is one gram."""
     words = tuple(text.casefold().split())
     return {words[i : i + 3] for i in range(max(1, len(words) - 2))}

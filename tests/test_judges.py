@@ -396,7 +396,9 @@ def test_the_pipelines_pairs_become_items_with_the_chosen_side_as_label(workplac
     write_table(CANDIDATES, candidates, CANDIDATES_SCHEMA)
     completions = {"prompt": [[7], [7], [7]], "completion": [[12], [10], [1]]}
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
-    pairs = {"chosen": [0, 2], "rejected": [1, 0], "preference": [1.0, 1.0]}
+    pairs = {
+        "split": ["train", "train"], "chosen": [0, 2], "rejected": [1, 0], "preference": [1.0, 1.0]
+    }  # fmt: skip
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
     for each, (better, worse) in zip(
         exam.labelled_pairs(), [(" c", " a"), (" ok", " c")], strict=True

@@ -4,6 +4,8 @@ import random
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages.leaks import NUM_SHOWN, THRESHOLD, Leak, leaks, refuse, trigrams
 
@@ -47,6 +49,21 @@ def test_similarity_is_jaccards_of_word_trigrams() -> None:
     (leak,) = leaks([a + " eight nine ten"], [a + " eight nine eleven"])
     assert leak.similarity == pytest.approx(6 / 8)
     assert 3 / 5 < THRESHOLD < 6 / 8
+
+
+@given(st.lists(st.lists(st.sampled_from("abcde"), max_size=12), max_size=12), st.data())
+def test_no_leak_is_missed(rows: list[list[str]], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(rows)))
+    found = [" ".join(row) for row in rows]
+    training, evaluation = found[:cut], found[cut:]
+    grams = [trigrams(text) for text in found]
+    expected = [
+        (i, j)
+        for i in range(cut)
+        for j in range(len(evaluation))
+        if len(grams[i] & grams[cut + j]) >= THRESHOLD * len(grams[i] | grams[cut + j])
+    ]
+    assert [(leak.training, leak.evaluation) for leak in leaks(training, evaluation)] == expected
 
 
 def test_short_texts_leak_only_as_wholes() -> None:

@@ -39,6 +39,7 @@ from stages.artefacts import (
     REVISIONS_SCHEMA,
     SAMPLES_SCHEMA,
     SFT,
+    TEMPLATES,
     curve_of,
     logratios_of,
     model_of,
@@ -49,6 +50,7 @@ from stages.artefacts import (
 from stages.evidence import Evidence
 from stages.params import Lora, load_params
 from stages.store import key_of
+from stages.templates import Template, Templates, write_templates
 
 Write = Callable[..., dict[str, Any]]
 
@@ -160,6 +162,8 @@ def labelled(base: Path, write_params: Write) -> Path:
         "rejected_tokens": [[]] * 12,
     }
     write_table(PROMPTS, columns, PROMPTS_SCHEMA)
+    plain = Template([[0], "prompt", []])
+    write_templates(TEMPLATES, Templates(plain, Template([[0], "prompt", "completion"]), eos=1))
     completions = {
         "prompt": [prompt for prompt in prompts[:8] for _ in "ab"],
         "completion": [[90 + i, 91, 92][: 1 + i % 3] for i in range(16)],
