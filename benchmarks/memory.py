@@ -119,6 +119,8 @@ def parameters() -> dict[str, Any]:
     tree["sft"] |= OPTIMISER
     tree["train"] |= OPTIMISER
     tree["compute"] |= {"checkpoint_every": 1000}
+    # What looks take does not depend on the data, but a short run takes fewer.
+    tree["watch"] |= {"every": None}
     tree["runs"] = {"dpo": {"loss": "dpo", "beta": 0.1}}
     return tree
 
