@@ -12,6 +12,7 @@ from stages.sampling import Sampling, check, sampler
 
 VLLM = Compute(
     seed=3,
+    num_processes=1,
     num_threads=1,
     dtype="bfloat16",
     generation="vllm",
