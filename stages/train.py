@@ -290,8 +290,8 @@ def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 def logratios_after(
     policy: models.PreTrainedModel, evidence: Evidence, pairs: Sequence[int], compute: Compute
-) -> dict[str, list[Any]]:
-    """Log-ratios of both sides of pairs under the trained policy, in nats, and their basis."""
+) -> dict[str, Any]:
+    """Log-ratios of both sides of pairs under the trained policy in nats, and what they rest on."""
     rows = evidence.sides(pairs)
     used = sorted(set(rows))
     # Neighbours have prompts in common, so each process takes a run of them.
@@ -304,8 +304,9 @@ def logratios_after(
         compute_dtype=models.DTYPES[compute.dtype],
         progress=lambda _: None,
     )
-    after = {row: sum(logp) for row, logp in zip(used, logps, strict=True)}
-    columns: dict[str, list[Any]] = {}
+    found = {row: sum(logp) for row, logp in zip(mine, logps, strict=True)}
+    after = distributed.summed(dict.fromkeys(used, 0.0) | found)
+    columns: dict[str, Any] = {}
     for side, of_side in (("chosen", rows[: len(pairs)]), ("rejected", rows[len(pairs) :])):
         before = [sum(evidence.reference[row]) for row in of_side]
         columns[side] = [after[row] - logp for row, logp in zip(of_side, before, strict=True)]
