@@ -3,15 +3,18 @@
 Its output never changes, so passing it again re-runs nothing; failing it stops everything.
 """
 
+from pathlib import Path
+
 from stages import models, sampling
 from stages.artefacts import CHECKED, program, stage
 from stages.judges import check_judge
-from stages.params import load_params
+from stages.params import Params, load_params
 from stages.runs import bind, check_runs
 
 
 def main() -> None:
     params = load_params()
+    check_files(params)
     check_runs(params)
     sampling.check(params.compute)
     models.check(params.base)
@@ -21,6 +24,22 @@ def main() -> None:
         check_judge(params, name)
     with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:
         workspace.partial(CHECKED).write_text("params.yaml and the base model are sound\n")
+
+
+def check_files(params: Params) -> None:
+    """Refuse files that are not there: of them DVC would say no more than the path.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    named = {
+        "data.source": params.data.source,
+        "data.shifted": params.data.shifted,
+        "revision.template": params.revision.template,
+    }
+    for key, path in named.items():
+        if not Path(path).is_file():
+            raise ValueError(f"{key}: no such file, got '{path}'; give the path of one that is")
 
 
 if __name__ == "__main__":

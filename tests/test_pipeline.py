@@ -155,7 +155,7 @@ def test_another_clone_run_as_a_flow_gives_the_same_lock(project: Path, tmp_path
         ({"runs": {"dpo": {"loss": "dpi", "beta": 1.0}}}, "Did you mean 'dpo'?"),
         ({"train": {"bacth_size": 3}}, "train.bacth_size: no such key"),
         ({"base": "data/nothing"}, "base: 'data/nothing' is no model directory"),
-        ({"data": {"source": "nothing.jsonl"}}, "nothing.jsonl: no such input"),
+        ({"data": {"source": "nothing.jsonl"}}, "data.source: no such file, got 'nothing.jsonl'"),
     ],
     ids=["missing", "loss", "key", "model", "data"],
 )
