@@ -188,6 +188,32 @@ def load_classifier(name: str) -> PreTrainedModel:
     return model.eval()
 
 
+def new_classifier(name: str, top_layers: int) -> PreTrainedModel:
+    """A model of any kind as a sequence classifier of one label, ready to train.
+
+    A decoder's new head is zero, so that at first all rewards are equal; other heads are drawn from
+    torch's seed.
+
+    Args:
+        name: a folder or a hub id.
+        top_layers: train only this many, and the head; 0 trains all.
+    """
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        **_source(name),
+        dtype=torch.float32,
+        use_safetensors=True,
+        num_labels=1,
+        output_loading_info=True,
+    )
+    torch.nn.Module.to(model, device())
+    train_only_top(model, top_layers)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+        if "score.weight" in found["missing_keys"]:
+            torch.nn.init.zeros_(model.score.weight)
+    return model.eval()
+
+
 def with_engine(policy: PreTrainedModel) -> PreTrainedModel:
     """The policy attending as packed rows need it, if it can; as it did before, if not."""
     config: Any = policy.config

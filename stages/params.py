@@ -26,6 +26,8 @@ from pydantic import (
 PARAMS = Path("params.yaml")
 MAX_BYTES = 1_000_000
 
+OWN_PAIRS = "artefacts/pairs.parquet"  # those of the pipeline
+
 Model = TypeVar("Model", bound=BaseModel)
 
 Count = Annotated[StrictInt, Field(ge=1)]
@@ -89,7 +91,9 @@ class Lora(Strict):
         )
 
 
-class Optimiser(Strict):
+class Descent(Strict):
+    """What every training says of its steps."""
+
     learning_rate: Positive
     num_epochs: Count
     batch_size: Count
@@ -98,6 +102,9 @@ class Optimiser(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Positive
     top_layers: Annotated[StrictInt, Field(ge=0)]
+
+
+class Optimiser(Descent):
     lora: Lora | None
     activation_checkpointing: StrictBool
 
@@ -182,6 +189,12 @@ class ModelReward(Strict):
     num_threads: Count = 1
 
 
+class TrainedReward(Strict):
+    """A reward model that the stage `reward` trains."""
+
+    trained: Name
+
+
 class ThresholdReward(Strict):
     """Whether another reward is above a number."""
 
@@ -196,6 +209,7 @@ Reward = (
     | ClassifierReward
     | PythonReward
     | ModelReward
+    | TrainedReward
     | ThresholdReward
 )
 # By the key that each of them alone has.
@@ -206,8 +220,29 @@ REWARDS: dict[str, type[Reward]] = {
     "classifier": ClassifierReward,
     "python": PythonReward,
     "model": ModelReward,
+    "trained": TrainedReward,
     "above": ThresholdReward,
 }
+
+
+class RewardTraining(Descent):
+    """How the stage `reward` trains a reward model.
+
+    `pairs` are the pipeline's, or a path to JSON lines; `margin` times the gold reward's lead is by
+    how much a chosen completion should lead; `held_out` is a share of what prompts begin with.
+    """
+
+    base: str
+    pairs: str
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    held_out: Share = 0.2
+    max_tokens: Count = 512
+    seed: Annotated[StrictInt, Field(ge=0)] | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    top_layers: Annotated[StrictInt, Field(ge=0)] = 0
 
 
 def read_reward(written: dict[str, Any], where: str) -> Reward:
@@ -309,6 +344,7 @@ class Params(Strict):
     watch: Watching
     runs: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     rewards: dict[Name, dict[str, Any]]
+    reward_models: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     judges: dict[Name, dict[str, Any]]
     exam: Exam
     evaluation: Evaluation
@@ -332,6 +368,26 @@ class Params(Strict):
             )
         return checked(JUDGES[kind], written, f"judges.{name}")
 
+    def reward_model(self, name: str) -> RewardTraining:
+        """How the reward model called `name` is trained."""
+        if name not in self.reward_models:
+            raise ValueError(
+                f"reward_models: no such reward model, got '{name}'; known: "
+                f"{', '.join(self.reward_models)}" + did_you_mean(name, self.reward_models)
+            )
+        return checked(RewardTraining, self.reward_models[name], f"reward_models.{name}")
+
+    @model_validator(mode="after")
+    def _reward_models_are_sound(self) -> "Params":
+        for name in self.reward_models:
+            training = self.reward_model(name)
+            if training.margin and (training.pairs != OWN_PAIRS or self.label.method == "given"):
+                raise ValueError(
+                    f"reward_models.{name}.margin: is of the gold reward that labelled the pairs, "
+                    f"got {training.margin} for pairs that it did not label; set it to 0"
+                )
+        return self
+
     @model_validator(mode="after")
     def _rewards_are_known(self) -> "Params":
         for name in self.rewards:
@@ -343,8 +399,25 @@ class Params(Strict):
             declared = self.reward(name)
             if isinstance(declared, ThresholdReward):
                 self._check_threshold(name, declared)
+            if isinstance(declared, TrainedReward) and (declared.trained not in self.reward_models):
+                raise ValueError(
+                    f"rewards.{name}.trained: no such reward model, got '{declared.trained}'; "
+                    f"known: {', '.join(self.reward_models)}"
+                    + did_you_mean(declared.trained, self.reward_models)
+                )
         self.check_reward_is_known("label.reward", self.label.reward)
+        if self.label.method != "given" and self._is_trained(self.label.reward):
+            raise ValueError(
+                f"label.reward: would label the pairs that trained it, got '{self.label.reward}'; "
+                "copy its folder from artefacts/rewards to data/rewards and name it there by "
+                "`model`"
+            )
         return self
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether a reward rests on a model of `reward_models`."""
+        written = self.rewards.get(name, {})
+        return "trained" in written or ("above" in written and self._is_trained(written["of"]))
 
     def check_reward_is_known(self, where: str, name: str) -> None:
         """Refuse a name that no reward has."""

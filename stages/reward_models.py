@@ -25,12 +25,14 @@ class Reader:
 
     Args:
         name: a folder or a hub id, of a model of any kind.
+        limit: of a text's tokens, if the model could read more.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, limit: int = sys.maxsize) -> None:
         self._tokenizer: Any = models.load_tokenizer(name)
-        context = getattr(models.load_config(name).get_text_config(), "max_position_embeddings", 0)
-        self.limit = min(self._tokenizer.model_max_length, context or sys.maxsize)
+        config = models.load_config(name).get_text_config()
+        context = getattr(config, "max_position_embeddings", sys.maxsize)
+        self.limit = min(self._tokenizer.model_max_length, context, limit)
 
     def tokens(self, prompt: str, completion: str) -> list[int]:
         """Token ids, as many as there are."""
@@ -41,8 +43,15 @@ class Reader:
 
     def within(self, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], int]:
         """Token ids of prompts with completions, the last ones that fit; how many were cut."""
+        # Else it would warn of texts that are about to be cut.
+        self._tokenizer.model_max_length = sys.maxsize
         found = [self.tokens(*text) for text in texts]
         return [text[-self.limit :] for text in found], sum(len(t) > self.limit for t in found)
+
+    def save_with(self, model: models.PreTrainedModel, directory: Path) -> None:
+        """Write the model with this tokenizer, which knows the limit."""
+        self._tokenizer.model_max_length = self.limit
+        models.save(model, self._tokenizer, directory)
 
 
 class RewardModel:
@@ -114,3 +123,25 @@ def check(where: str, name: str) -> None:
             f"{where}: '{name}' is no sequence classifier, got {architectures}; name one, or train "
             "one from it under reward_models"
         )
+
+
+def check_base(where: str, name: str) -> None:
+    """Refuse to train from a model whose changes DVC would not see, or whose weights are no files.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    if name.startswith("package:"):
+        raise ValueError(
+            f"{where}: weights inside a package cannot be trained to classify, got '{name}'; take "
+            "sft, which was trained from them"
+        )
+    if name == "sft" or not models.is_local(name):
+        return
+    folders = (Path("data/base"), Path("data/rewards"))
+    if not any(Path(name).resolve().is_relative_to(folder.resolve()) for folder in folders):
+        raise ValueError(
+            f"{where}: neither in data/base nor in data/rewards, got '{name}'; copy it there, so "
+            "that what depends on it is made again, or give sft or a hub id"
+        )
+    models.check(name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages import tfidf
-from stages.artefacts import digest
+from stages.artefacts import digest, reward_of
 from stages.params import (
     BUILT_IN,
     ClassifierReward,
@@ -27,6 +27,7 @@ from stages.params import (
     PythonReward,
     Reads,
     ThresholdReward,
+    TrainedReward,
     WordsReward,
     read_reward,
 )
@@ -107,10 +108,13 @@ def written_reward(params: Params, written: dict[str, Any], where: str) -> Rewar
 def check_reward(params: Params, name: str) -> None:
     """Refuse a declared reward whose files are missing, damaged, or not where DVC watches them."""
     declared = params.reward(name)
-    if isinstance(declared, ModelReward):
-        _check_model(f"rewards.{name}.model", declared.model)
-    else:
-        made(params, name, declared)
+    match declared:
+        case ModelReward():
+            _check_model(f"rewards.{name}.model", declared.model)
+        case TrainedReward() | ThresholdReward():
+            pass
+        case _:
+            made(params, name, declared)
 
 
 def made(params: Params, name: str, declared: Declared) -> Reward:
@@ -142,6 +146,18 @@ def made(params: Params, name: str, declared: Declared) -> Reward:
 
             _check_model(f"rewards.{name}.model", declared.model)
             model = RewardModel(declared.model, num_threads=declared.num_threads)
+            return Reward(name, {"kind": "reward_model", "model": model.name}, model)
+        case TrainedReward():
+            from stages.reward_models import RewardModel
+
+            if not reward_of(declared.trained).exists():
+                raise ValueError(
+                    f"rewards.{name}.trained: not trained yet, got '{declared.trained}'; run "
+                    f"`dvc repro reward@{declared.trained}`"
+                )
+            model = RewardModel(
+                str(reward_of(declared.trained)), num_threads=params.compute.num_threads
+            )
             return Reward(name, {"kind": "reward_model", "model": model.name}, model)
         case ThresholdReward():
             other, above = load_reward(params, declared.of), declared.above
