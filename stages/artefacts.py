@@ -76,6 +76,22 @@ def metrics_of(run: str) -> Path:
     return ROOT / "metrics" / f"{run}.json"
 
 
+def reward_of(model: str) -> Path:
+    return ROOT / "rewards" / model
+
+
+def reward_curve_of(model: str) -> Path:
+    return ROOT / "curves" / "rewards" / f"{model}.csv"
+
+
+def reward_metrics_of(model: str) -> Path:
+    return ROOT / "metrics" / "rewards" / f"{model}.json"
+
+
+def reliability_of(model: str) -> Path:
+    return ROOT / "reliability" / f"{model}.csv"
+
+
 def _schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns.items()])
 

@@ -9,6 +9,8 @@ from stages import models, sampling
 from stages.artefacts import CHECKED, program, stage
 from stages.judges import check_judge
 from stages.params import Params, load_params
+from stages.reward_models import check_base
+from stages.rewards import check_reward
 from stages.runs import bind, check_runs
 
 
@@ -20,6 +22,10 @@ def main() -> None:
     models.check(params.base)
     runs = [bind(params, name).optimiser for name in params.runs]
     models.check_trainable(params.base, [params.sft, *runs])
+    for name in params.rewards:
+        check_reward(params, name)
+    for name in params.reward_models:
+        check_base(f"reward_models.{name}.base", params.reward_model(name).base)
     for name in set(params.evaluation.judges) & set(params.judges):
         check_judge(params, name)
     with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:

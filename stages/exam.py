@@ -23,21 +23,17 @@ import numpy as np
 from prefopt.judging import length_slope, wilson
 from stages.artefacts import (
     CANDIDATES,
-    CANDIDATES_SCHEMA,
     COMPLETIONS,
-    COMPLETIONS_SCHEMA,
     PAIRS,
-    PAIRS_SCHEMA,
     PROMPTS,
-    PROMPTS_SCHEMA,
     WORK,
     card_of,
     program,
-    read_table,
     stage,
 )
 from stages.judges import PARSED, Asked, Comparison, Judgement, is_watched, load_judge
 from stages.ledger import opened
+from stages.pairs import labelled_pairs
 from stages.params import Params, load_params
 
 EXPENSES = WORK / "cards"
@@ -81,9 +77,13 @@ def main() -> None:
         f"exam@{name}",
         inputs=inputs,
         outputs=[card_of(name)],
-        params={"exam": settings.model_dump(), "judges": params.judges},
+        params={
+            "exam": settings.model_dump(),
+            "judges": params.judges,
+            "rewards": params.rewards,
+        },
     ) as workspace:
-        found = labelled_pairs() if in_pipeline else read_items(settings.source)
+        found = pairs_as_items() if in_pipeline else read_items(settings.source)
         # By digest, not by place: files are often sorted by what they hold.
         items = sorted(found, key=_digest)[: settings.num_items]
         workspace.partial(card_of(name)).write_text(
@@ -186,32 +186,10 @@ def as_json(tree: dict[str, Any]) -> str:
     return json.dumps(tree, indent=2, allow_nan=False) + "\n"
 
 
-def labelled_pairs() -> Iterator[Item]:
-    """The pipeline's pairs as texts, which of the two comes first by their digest."""
-    prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
-    candidates = read_table(CANDIDATES, CANDIDATES_SCHEMA)
-    completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
-    pairs = read_table(PAIRS, PAIRS_SCHEMA)
-    texts: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, str]] = {}
-
-    def know(row: int, tokens: list[int], text: str) -> None:
-        prompt = tuple(prompts["tokens"][row])
-        texts[prompt, tuple(tokens)] = (prompts["text"][row], text)
-
-    for column in ("gold", "rejected"):
-        for row, tokens in enumerate(prompts[f"{column}_tokens"]):
-            know(row, tokens, prompts[column][row])
-    for row, tokens, text in zip(
-        candidates["prompt"], candidates["tokens"], candidates["text"], strict=True
-    ):
-        know(row, tokens, text)
-
-    def text_of(row: int) -> tuple[str, str]:
-        return texts[tuple(completions["prompt"][row]), tuple(completions["completion"][row])]
-
-    for chosen, rejected in zip(pairs["chosen"], pairs["rejected"], strict=True):
-        prompt, better = text_of(chosen)
-        yield _in_either_order(prompt, better, text_of(rejected)[1], "")
+def pairs_as_items() -> Iterator[Item]:
+    """The pipeline's pairs, which of the two comes first by their digest."""
+    for pair in labelled_pairs():
+        yield _in_either_order(pair.prompt, pair.chosen, pair.rejected, "")
 
 
 def read_items(source: str) -> Iterator[Item]:

@@ -170,11 +170,47 @@ def load_policy(name: str) -> PreTrainedModel:
 
 
 def load_classifier(name: str) -> PreTrainedModel:
-    """A sequence classifier in float32 on the device, in eval mode."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        **_source(name), dtype=torch.float32, use_safetensors=True
+    """A sequence classifier in float32 on the device, in eval mode.
+
+    Raises:
+        ValueError: if its weights lack some of what a classifier has.
+    """
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        **_source(name), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"model: '{name}' lacks weights of a sequence classifier, got no "
+            f"{', '.join(sorted(found['missing_keys']))}; they would be random: name a model that "
+            "was trained to classify"
+        )
+    torch.nn.Module.to(model, device())
+    return model.eval()
+
+
+def new_classifier(name: str, top_layers: int) -> PreTrainedModel:
+    """A model of any kind as a sequence classifier of one label, ready to train.
+
+    A decoder's new head is zero, so that at first all rewards are equal; other heads are drawn from
+    torch's seed.
+
+    Args:
+        name: a folder or a hub id.
+        top_layers: train only this many, and the head; 0 trains all.
+    """
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        **_source(name),
+        dtype=torch.float32,
+        use_safetensors=True,
+        num_labels=1,
+        output_loading_info=True,
     )
     torch.nn.Module.to(model, device())
+    train_only_top(model, top_layers)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+        if "score.weight" in found["missing_keys"]:
+            torch.nn.init.zeros_(model.score.weight)
     return model.eval()
 
 

@@ -26,6 +26,8 @@ from pydantic import (
 PARAMS = Path("params.yaml")
 MAX_BYTES = 1_000_000
 
+OWN_PAIRS = "artefacts/pairs.parquet"  # those of the pipeline
+
 Model = TypeVar("Model", bound=BaseModel)
 
 Count = Annotated[StrictInt, Field(ge=1)]
@@ -33,8 +35,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 # Names become stage names, file names and parts of commands, so their characters are few.
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-Reward = Literal["vader", "textblob"]
-PROGRAMMATIC = ("vader", "textblob")
+BUILT_IN = ("vader", "textblob")  # rewards that need no declaration
 # `last`, or a metric of a look: of the loss the lowest, of the others the highest.
 Select = Literal[
     "last", "validation/loss", "validation/rewards/accuracies", "validation/rewards/margins"
@@ -90,7 +91,9 @@ class Lora(Strict):
         )
 
 
-class Optimiser(Strict):
+class Descent(Strict):
+    """What every training says of its steps."""
+
     learning_rate: Positive
     num_epochs: Count
     batch_size: Count
@@ -99,6 +102,9 @@ class Optimiser(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Positive
     top_layers: Annotated[StrictInt, Field(ge=0)]
+
+
+class Optimiser(Descent):
     lora: Lora | None
     activation_checkpointing: StrictBool
 
@@ -122,8 +128,132 @@ class Sample(Strict):
 
 class Label(Strict):
     method: Literal["best_against_worst", "bradley_terry", "given"]
-    reward: Reward
+    reward: Name
     scale: Positive
+
+
+Reads = Literal["text", "completion"]  # the prompt with its completion, or the completion alone
+
+
+class WordsReward(Strict):
+    """Whether the text has one of these words, or how often; whole words, in any case."""
+
+    words: Annotated[list[Annotated[str, Field(pattern=r"\S")]], Field(min_length=1)]
+    count: StrictBool = False
+    reads: Reads = "text"
+
+
+class PatternReward(Strict):
+    """Whether the text has a match of a regular expression, or how many."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    count: StrictBool = False
+    reads: Reads = "text"
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"must be a regular expression of Python's re, got {pattern!r} ({error}); mend it"
+            ) from None
+        return pattern
+
+
+class LengthReward(Strict):
+    """How long the text is; tokens are those of the base's tokenizer."""
+
+    length: Literal["characters", "words", "tokens"]
+    reads: Reads = "completion"
+
+
+class ClassifierReward(Strict):
+    """The log-odds of a logistic regression on TF-IDF: a JSON file."""
+
+    classifier: str
+    reads: Reads = "text"
+
+
+class PythonReward(Strict):
+    """A function of your own, `module:function`, from texts to as many numbers."""
+
+    python: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class ModelReward(Strict):
+    """A sequence classifier that is there: a folder or a hub id."""
+
+    model: str
+    num_threads: Count = 1
+
+
+class TrainedReward(Strict):
+    """A reward model that the stage `reward` trains."""
+
+    trained: Name
+
+
+class ThresholdReward(Strict):
+    """Whether another reward is above a number."""
+
+    above: float
+    of: Name
+
+
+Reward = (
+    WordsReward
+    | PatternReward
+    | LengthReward
+    | ClassifierReward
+    | PythonReward
+    | ModelReward
+    | TrainedReward
+    | ThresholdReward
+)
+# By the key that each of them alone has.
+REWARDS: dict[str, type[Reward]] = {
+    "words": WordsReward,
+    "pattern": PatternReward,
+    "length": LengthReward,
+    "classifier": ClassifierReward,
+    "python": PythonReward,
+    "model": ModelReward,
+    "trained": TrainedReward,
+    "above": ThresholdReward,
+}
+
+
+class RewardTraining(Descent):
+    """How the stage `reward` trains a reward model.
+
+    `pairs` are the pipeline's, or a path to JSON lines; `margin` times the gold reward's lead is by
+    how much a chosen completion should lead; `held_out` is a share of what prompts begin with.
+    """
+
+    base: str
+    pairs: str
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    held_out: Share = 0.2
+    max_tokens: Count = 512
+    seed: Annotated[StrictInt, Field(ge=0)] | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    top_layers: Annotated[StrictInt, Field(ge=0)] = 0
+
+
+def read_reward(written: dict[str, Any], where: str) -> Reward:
+    """A reward as it is declared; one of its keys says which kind it is."""
+    kinds = [kind for kind in REWARDS if kind in written]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{where}: no reward of one kind, got {written!r}; give exactly one of "
+            f"{', '.join(REWARDS)}"
+        )
+    return checked(REWARDS[kinds[0]], written, where)
 
 
 class Watching(Strict):
@@ -174,14 +304,6 @@ class LocalJudge(Strict):
     num_threads: Count = 1
 
 
-class RewardModelJudge(Strict):
-    """A sequence classifier; the text with the higher reward wins."""
-
-    kind: Literal["reward_model"]
-    model: str
-    num_threads: Count = 1
-
-
 class HumanJudge(Strict):
     """People's votes: a folder with RUN.csv, of columns prompt, opponent and verdict."""
 
@@ -189,11 +311,10 @@ class HumanJudge(Strict):
     votes: str
 
 
-Judge = EndpointJudge | LocalJudge | RewardModelJudge | HumanJudge
+Judge = EndpointJudge | LocalJudge | HumanJudge
 JUDGES: dict[str, type[Judge]] = {
     "endpoint": EndpointJudge,
     "local": LocalJudge,
-    "reward_model": RewardModelJudge,
     "human": HumanJudge,
 }
 
@@ -222,9 +343,19 @@ class Params(Strict):
     train: Optimiser
     watch: Watching
     runs: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    rewards: dict[Name, dict[str, Any]]
+    reward_models: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     judges: dict[Name, dict[str, Any]]
     exam: Exam
     evaluation: Evaluation
+
+    @property
+    def known_rewards(self) -> list[str]:
+        return [*BUILT_IN, *self.rewards]
+
+    def reward(self, name: str) -> Reward:
+        """The declared reward called `name`."""
+        return read_reward(self.rewards[name], f"rewards.{name}")
 
     def judge(self, name: str) -> Judge:
         """The declared judge called `name`."""
@@ -237,16 +368,83 @@ class Params(Strict):
             )
         return checked(JUDGES[kind], written, f"judges.{name}")
 
+    def reward_model(self, name: str) -> RewardTraining:
+        """How the reward model called `name` is trained."""
+        if name not in self.reward_models:
+            raise ValueError(
+                f"reward_models: no such reward model, got '{name}'; known: "
+                f"{', '.join(self.reward_models)}" + did_you_mean(name, self.reward_models)
+            )
+        return checked(RewardTraining, self.reward_models[name], f"reward_models.{name}")
+
+    @model_validator(mode="after")
+    def _reward_models_are_sound(self) -> "Params":
+        for name in self.reward_models:
+            training = self.reward_model(name)
+            if training.margin and (training.pairs != OWN_PAIRS or self.label.method == "given"):
+                raise ValueError(
+                    f"reward_models.{name}.margin: is of the gold reward that labelled the pairs, "
+                    f"got {training.margin} for pairs that it did not label; set it to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_are_known(self) -> "Params":
+        for name in self.rewards:
+            if name in BUILT_IN:
+                raise ValueError(
+                    f"rewards.{name}: '{name}' is built in, got another reward of that name; "
+                    "rename it"
+                )
+            declared = self.reward(name)
+            if isinstance(declared, ThresholdReward):
+                self._check_threshold(name, declared)
+            if isinstance(declared, TrainedReward) and (declared.trained not in self.reward_models):
+                raise ValueError(
+                    f"rewards.{name}.trained: no such reward model, got '{declared.trained}'; "
+                    f"known: {', '.join(self.reward_models)}"
+                    + did_you_mean(declared.trained, self.reward_models)
+                )
+        self.check_reward_is_known("label.reward", self.label.reward)
+        if self.label.method != "given" and self._is_trained(self.label.reward):
+            raise ValueError(
+                f"label.reward: would label the pairs that trained it, got '{self.label.reward}'; "
+                "copy its folder from artefacts/rewards to data/rewards and name it there by "
+                "`model`"
+            )
+        return self
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether a reward rests on a model of `reward_models`."""
+        written = self.rewards.get(name, {})
+        return "trained" in written or ("above" in written and self._is_trained(written["of"]))
+
+    def check_reward_is_known(self, where: str, name: str) -> None:
+        """Refuse a name that no reward has."""
+        if name not in self.known_rewards:
+            raise ValueError(
+                f"{where}: no such reward, got '{name}'; known: {', '.join(self.known_rewards)}"
+                + did_you_mean(name, self.known_rewards)
+            )
+
+    def _check_threshold(self, name: str, declared: ThresholdReward) -> None:
+        self.check_reward_is_known(f"rewards.{name}.of", declared.of)
+        if declared.of in self.rewards and "above" in self.rewards[declared.of]:
+            raise ValueError(
+                f"rewards.{name}.of: is 0 or 1 itself, got '{declared.of}', which has a "
+                "threshold; name a reward without one"
+            )
+
     @model_validator(mode="after")
     def _judges_are_known(self) -> "Params":
         for name in self.judges:
-            if name in PROGRAMMATIC:
+            if name in self.known_rewards:
                 raise ValueError(
-                    f"judges.{name}: '{name}' is a programmatic judge's own name, got another "
-                    "judge of that name; rename it"
+                    f"judges.{name}: '{name}' is a reward's name, which judges by itself, got "
+                    "another judge of that name; rename it"
                 )
             self.judge(name)
-        known = [*PROGRAMMATIC, *self.judges]
+        known = [*self.known_rewards, *self.judges]
         for name in self.evaluation.judges:
             if name not in known:
                 raise ValueError(

@@ -1,17 +1,21 @@
 """Data sets: where texts come from, each with its file and line.
 
 A data set is JSON lines, `{"prompt": ..., "completion": ...}` or `{"prompt": ..., "chosen": ...,
-"rejected": ...}`, or a card: a JSON file that names a table of sentences inside an installed Python
-package, by its digest.
+"rejected": ...}` or whole dialogues `{"chosen": ..., "rejected": ...}`, or a card: a JSON file that
+names a table of sentences inside an installed Python package, by its digest.
 """
 
 import gzip
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+TURN = "\n\nAssistant:"  # begins an assistant's turn of a dialogue
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ def parse(line: str, where: str) -> Text:
         raise ValueError(f"{where}: not JSON, got {line[:60]!r} ({error}); mend the line") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a JSON object, got {line[:60]!r}; mend the line")
+    if set(row) == {"chosen", "rejected"}:
+        return _dialogues(row, where)
     names = {"prompt", "completion"} if "completion" in row else {"prompt", "chosen", "rejected"}
     if set(row) != names:
         raise ValueError(
@@ -112,3 +118,27 @@ def parse(line: str, where: str) -> Text:
             f"{where}: chosen and rejected are identical, got {row['chosen'][:60]!r}; drop the line"
         )
     return Text(where, row["prompt"], row["chosen"], row["rejected"])
+
+
+def _dialogues(row: dict[str, Any], where: str) -> Text:
+    """Two dialogues of one beginning: the prompt is what they share up to an assistant's turn.
+
+    The chosen turn may be empty: people have preferred silence. An empty rejected one would read as
+    no pair.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        raise ValueError(f"{where}: no dialogues, got {str(row)[:60]!r}; give two texts")
+    turns = [match.end() for match in re.finditer(TURN, chosen)]
+    place = max((end for end in turns if rejected.startswith(chosen[:end])), default=0)
+    if not place:
+        raise ValueError(
+            f"{where}: dialogues share no beginning up to {TURN!r}, got {chosen[:60]!r} and "
+            f"{rejected[:60]!r}; give prompt, chosen and rejected"
+        )
+    if chosen == rejected or not rejected[place:].strip():
+        raise ValueError(
+            f"{where}: no pair, got the rejected turn {rejected[place:][:60]!r} beside "
+            f"{chosen[place:][:60]!r}; drop the line"
+        )
+    return Text(where, chosen[:place], chosen[place:], rejected[place:])

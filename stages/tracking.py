@@ -138,7 +138,8 @@ class Curve(AbstractContextManager["Curve"]):
 
         Args:
             metrics: of the step.
-            rates: tokens_per_second and mfu; None if it was replayed from a checkpoint.
+            rates: tokens_per_second, and mfu where it is known; None if it was replayed from a
+                checkpoint.
         """
         self._rows.append(metrics)
         new = [name for name in metrics if name not in self._columns]
@@ -158,9 +159,9 @@ class Curve(AbstractContextManager["Curve"]):
             # The time left is reckoned from steps that were computed here.
             self._bar.initial = self._bar.last_print_n = self._bar.n = self._bar.n + 1
             return
+        mfu = f", mfu={rates['mfu']:.0%}" if "mfu" in rates else ""
         self._bar.set_postfix_str(
-            f"loss={metrics['loss']:.4f}, {rates['tokens_per_second']:.0f} tokens/s, "
-            f"mfu={rates['mfu']:.0%}",
+            f"loss={metrics['loss']:.4f}, {rates['tokens_per_second']:.0f} tokens/s{mfu}",
             refresh=False,
         )
         self._bar.update()

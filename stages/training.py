@@ -16,7 +16,7 @@ from prefopt.packing import Row, Steps, slots_of
 from prefopt.scoring import batches
 from stages import models
 from stages.artefacts import Workspace, is_first
-from stages.params import Optimiser
+from stages.params import Descent, Optimiser
 from stages.tracking import Curve, Journal
 
 Cuts = list[list[int]]
@@ -183,7 +183,7 @@ class Clock:
         }
 
 
-def optimisation(optimiser: Optimiser) -> Optimisation:
+def optimisation(optimiser: Descent) -> Optimisation:
     """What the loop reads of a section; epochs, batches and layers are the stage's business."""
     return Optimisation(
         learning_rate=optimiser.learning_rate,
