@@ -242,7 +242,7 @@ def measured(
     varies = len(set(longer)) > 1 and len(set(ahead)) > 1
     correlation = float(np.corrcoef(rankdata(ahead), rankdata(longer))[0, 1]) if varies else None
     length = {
-        "correlation": correlation,
+        "correlation": None if correlation is None else float(correlation),
         "model_prefers_longer": float(np.mean(0.5 * (np.sign(ahead) * np.sign(longer) + 1))),
         "labels_prefer_longer": float(np.mean(0.5 * (np.sign(longer) + 1))),
     }
