@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+DVC = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
 
 
@@ -43,6 +44,27 @@ def read_plan() -> Plan:
         if wanted & outdated:
             outdated.add(name)
     return Plan(tuple(needs), needs, frozenset(outdated), tuple(_locked()))
+
+
+def stages_of_runs() -> tuple[list[str], list[str], list[str]]:
+    """What a new run means to the stages of ./dvc.yaml, by their names there.
+
+    Returns:
+        Those that are executed for it, those that are executed again because they read all runs,
+        and those that it leaves as they are.
+    """
+    from stages.params import read_yaml
+
+    of_each, anew, kept = list[str](), list[str](), list[str]()
+    for name, stage in read_yaml(DVC).get("stages", {}).items():
+        read = stage.get("params", [])
+        if stage.get("foreach") == "${runs}":
+            of_each.append(name)
+        elif any(entry == "runs" or isinstance(entry, dict) for entry in read):
+            anew.append(name)
+        else:
+            kept.append(name)
+    return of_each, anew, kept
 
 
 def restore_order(plan: Plan) -> None:

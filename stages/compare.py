@@ -11,6 +11,7 @@ from prefopt.statistics.comparison import compare
 from prefopt.statistics.intervals import cells, points
 from prefopt.statistics.ratings import Games, ratings
 from stages.artefacts import COMPARISON, PROMPTS, judgements_of, program, stage
+from stages.families import families
 from stages.params import load_params
 from stages.verdicts import Table, judgements, prompts_of, questions
 
@@ -37,15 +38,6 @@ def main() -> None:
         }
         text = json.dumps(found, indent=2, allow_nan=False) + "\n"
         workspace.partial(COMPARISON).write_text(text)
-
-
-def families(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Runs that differ in nothing but `seed`, one objective trained anew: names joined -> names."""
-    found: dict[str, list[str]] = {}
-    for name, row in runs.items():
-        same = json.dumps({key: row[key] for key in row if key != "seed"}, sort_keys=True)
-        found.setdefault(same, []).append(name)
-    return {" + ".join(names): names for names in found.values()}
 
 
 def differences(
