@@ -77,7 +77,7 @@ def build(runs: dict[str, dict[str, Any]], *, rounds: int, rich: bool) -> None:
     if not rich:
         params["evaluation"]["judges"] = ["vader"]
     Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for folder in ("samples", "judgements", "curves", "logratios", "generations", "cards"):
+    for folder in ("samples", "judgements", "curves", "logratios", "generations", "cards", "looks"):
         Path("artefacts", folder).mkdir(parents=True, exist_ok=True)
     write_prompts(NUM_SHIFTED if rich else 0)
     for name in ("sft", *runs):
@@ -167,11 +167,10 @@ def write_training(name: str, *, rich: bool) -> None:
             values: dict[str, Any] = {column: source.random() for column in [*names, *sides]}
             looked = {column: source.random() if step % 2 else "" for column in watched}
             writer.writerow({"step": step, **values, **looked})
-    if rich:
-        rows = [(step, prompt, 7, HOSTILE[0], [3, EOS], -3.0, -4.0, 0.5)
-                for step in (0, 5) for prompt in (0, 1)]  # fmt: skip
-        table = dict(zip(GENERATIONS_SCHEMA.names, map(list, zip(*rows, strict=True)), strict=True))
-        write_table(generations_of(name), table, GENERATIONS_SCHEMA)
+    rows = [(step, prompt, 7, HOSTILE[0], [3, EOS], -3.0, -4.0, 0.5)
+            for step in (0, 5) for prompt in (0, 1) if rich]  # fmt: skip
+    table = {name: [row[i] for row in rows] for i, name in enumerate(GENERATIONS_SCHEMA.names)}
+    write_table(generations_of(name), table, GENERATIONS_SCHEMA)
 
 
 WORDS = ["policy_first", "opponent_first", "policy_first_reply", "opponent_first_reply"]
@@ -404,7 +403,7 @@ def with_findings(levels: dict[str, str], remedies: list[str]) -> list[Result]:
     return [
         Result(
             name=name, specification="", colour="", marker="", curve={}, judgements={}, texts={},
-            generations={},
+            generations={}, looks=[],
             metrics={
                 "findings": [
                     {
