@@ -96,7 +96,7 @@ def draw(
             "curves": draw_curves(results),
         }
         if paths := watched_paths(results, comparison["frontier"]):
-            drawn["reward_kl_steps"] = draw_paths(params, results, reference, paths)
+            drawn["reward_kl_steps"] = draw_paths(params, results, paths)
         if measures := measures_of(results):
             drawn["measures"] = draw_measures(results, measures)
         if "revisions" in results[0].metrics:
@@ -238,10 +238,7 @@ def watched_paths(
 
 
 def draw_paths(
-    params: Params,
-    results: Sequence[Result],
-    reference: Reference,
-    paths: dict[str, dict[str, list[Any]]],
+    params: Params, results: Sequence[Result], paths: dict[str, dict[str, list[Any]]]
 ) -> Figure:
     """Reward against KL over the steps of training: a panel an objective, a line a strength."""
     colours = {
@@ -259,7 +256,6 @@ def draw_paths(
         axes.set_visible(False)
     for axes, (objective, settings) in zip(grid, paths.items(), strict=False):
         axes.grid(True)
-        axes.axhline(reference.reward, color=MUTED, linewidth=1)
         axes.set_title(objective)
         axes.set_xlabel("KL(policy || reference), nats")
         for number, (strength, path) in enumerate(settings.items()):

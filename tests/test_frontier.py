@@ -126,6 +126,9 @@ def test_a_dominated_family_is_shown_to_be_and_the_order_of_families_changes_no_
     assert pair.above is not None
     assert 0 < pair.above[0] < pair.above[1] <= found.common_kl
     assert pair.difference.low > 0
+    # Nothing is gained without KL, and of that we are sure.
+    assert all(c.low[0] == c.frontier[0] == c.high[0] for c in found.curves.values())
+    assert all(c.low[-1] < c.frontier[-1] < c.high[-1] for c in found.curves.values())
     gains = [found.curves[name].gain.value for name in ("a", "b")]
     assert pair.difference.value == pytest.approx(gains[0] - gains[1])
     source = np.random.default_rng(1)

@@ -58,13 +58,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Curve:
-    """A frontier with pointwise intervals, and its area.
+    """A frontier with pointwise intervals of what it gains over the reference, and its area.
 
     Args:
         budgets: from 0 to the family's largest KL, nats a sequence.
         frontier: the most mean reward within each.
-        low: of the interval at each budget.
-        high: of the interval at each budget.
+        low: the reference's reward and the least gain of the interval at each budget.
+        high: the same with the greatest gain.
         gain: the area between the frontier and the reference's reward from KL 0 to the common KL,
             divided by that: the mean gain in reward over all budgets that all families reach.
     """
@@ -249,7 +249,7 @@ def compare_frontiers(
     curves: dict[str, Curve] = {}
     for family, found in swept.items():
         budgets, values = heights(family, float(kl[0, found].max()), 2 * NUM_BUDGETS)
-        half = z * values[1:].std(0, ddof=1)
+        half = z * (values - origins[:, None])[1:].std(0, ddof=1)
         curves[family] = Curve(
             budgets=budgets.tolist(),
             frontier=values[0].tolist(),
