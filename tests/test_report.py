@@ -25,6 +25,7 @@ from prefopt.losses import LOSSES
 from stages import compare, evaluate, judge, report, tracking, verdicts
 from stages.artefacts import (
     COMPARISON,
+    FRONTIER,
     GENERATIONS_SCHEMA,
     JUDGEMENTS_SCHEMA,
     LOGRATIOS_SCHEMA,
@@ -39,14 +40,17 @@ from stages.artefacts import (
     generations_of,
     judgements_of,
     logratios_of,
+    looks_of,
     metrics_of,
     read_table,
     samples_of,
     write_table,
 )
+from stages.figures import LEAST_WATCHED
 from stages.params import Params, load_params
 from stages.remedies import READS, YOURS, advice
 from stages.results import Result
+from stages.rewards import load_reward
 
 EOS = 1
 NUM_TEST, NUM_SHIFTED = 30, 20
@@ -62,11 +66,12 @@ HOSTILE = [
 RUNS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "dpo", "beta": 0.1},
     "ipo": {"loss": "ipo", "tau": 0.1},
+    "ipo_weak": {"loss": "ipo", "tau": 0.5},
     "squared": {"loss": "f_dpo", "beta": 0.1, "divergence": "squared_log"},
 }
 # How often a policy praises, and how far its log-ratios moved.
-QUALITY = {"sft": 0.5, "dpo": 0.95, "ipo": 0.6, "squared": 0.55}
-MOVED = {"dpo": -4.0, "ipo": 0.5, "squared": 0.2}
+QUALITY = {"sft": 0.5, "dpo": 0.95, "ipo": 0.6, "ipo_weak": 0.5, "squared": 0.55}
+MOVED = {"dpo": -4.0, "ipo": 0.5, "ipo_weak": 0.1, "squared": 0.2}
 
 
 def build(runs: dict[str, dict[str, Any]], *, rounds: int, rich: bool) -> None:
@@ -160,6 +165,9 @@ def write_training(name: str, *, rich: bool) -> None:
     names = ["loss", "rewards/margins", "rewards/accuracies"]
     sides = ["logratios/chosen", "logratios/rejected"]
     watched = [f"validation/{column}" for column in names] if rich else []
+    # What a run that learns from its own samples measures, now and then.
+    measured = ["target/js", "samples/self_bleu", "moments/acting"] if name == "squared" else []
+    watched += measured if rich else []
     with open(curve_of(name), "w", newline="") as file:
         writer = csv.DictWriter(file, ["step", *names, *sides, *watched])
         writer.writeheader()
@@ -168,7 +176,8 @@ def write_training(name: str, *, rich: bool) -> None:
             looked = {column: source.random() if step % 2 else "" for column in watched}
             writer.writerow({"step": step, **values, **looked})
     rows = [(step, prompt, 7, HOSTILE[0], [3, EOS], -3.0, -4.0, 0.5)
-            for step in (0, 5) for prompt in (0, 1) if rich]  # fmt: skip
+            for step in (0, 5) for prompt in (0, 1) for _ in range(LEAST_WATCHED // 2)
+            if rich]  # fmt: skip
     table = {name: [row[i] for row in rows] for i, name in enumerate(GENERATIONS_SCHEMA.names)}
     write_table(generations_of(name), table, GENERATIONS_SCHEMA)
 
@@ -291,6 +300,9 @@ def test_every_table_is_named_and_its_headings_have_a_scope(page: str) -> None:
 def test_what_is_there_only_at_times_is_shown_when_it_is_there(page: str) -> None:
     for shown in (
         'id="revisions"',
+        "Reward within a budget of KL",
+        "a line goes from look to look",
+        "What the policies' own samples say",
         "What they wrote on the way",
         "textblob's words, against SFT",
         "this run shown first",
@@ -309,9 +321,13 @@ def test_a_plain_comparison_has_no_trace_of_what_is_not_there(
     build({"dpo": RUNS["dpo"]}, rounds=0, rich=False)
     page = (REPORT / "index.html").read_text()
     assert "revisions" not in json.loads(metrics_of("dpo").read_text())
-    assert not (REPORT / "figures" / "revisions.svg").exists()
+    drawn = {path.stem for path in (REPORT / "figures").iterdir()}
+    assert drawn == {"win_rates", "reward_kl", "length", "displacement", "logratios", "curves"}
     for absent in (
         'id="revisions"',
+        "budget of KL",
+        "from look to look",
+        "own samples say",
         "on the way",
         "Run against run",
         "validation pairs",
@@ -320,6 +336,48 @@ def test_a_plain_comparison_has_no_trace_of_what_is_not_there(
         assert absent not in page
     assert "No verdict is missing." in page
     assert "There is one judge and no report card of it" in page
+
+
+def test_settings_of_one_objective_are_one_frontier_and_others_are_points(rich: Path) -> None:
+    found = json.loads((rich / COMPARISON).read_text())["frontier"]
+    assert {objective: list(settings) for objective, settings in found["places"].items()} == {
+        "dpo": ["beta 0.1"],
+        "ipo": ["tau 0.1", "tau 0.5"],
+        "f_dpo, divergence squared_log": ["beta 0.1"],
+    }
+    assert (list(found["curves"]), found["pairs"]) == (["ipo"], [])
+    with contextlib.chdir(rich):
+        metrics = json.loads(metrics_of("dpo").read_text())
+        (place,) = found["places"]["dpo"].values()
+        for key in ("kl", "reward"):
+            assert place[key]["value"] == pytest.approx(metrics[key], abs=2e-6)
+        rate = metrics["win_rate"]["sft"]["vader"]
+        assert {key: place["win_rate"][key] for key in ("value", "low", "high")} == {
+            key: rate[key] for key in ("value", "low", "high")
+        }
+        with open(FRONTIER, newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["objective"], row["strength"]) for row in rows] == [
+            (objective, strength)
+            for objective, settings in found["places"].items()
+            for strength in settings
+        ]
+        with open(looks_of("ipo"), newline="") as file:
+            looks = list(csv.DictReader(file))
+    praise = load_reward("vader")
+    said = [praise(f"prompt {prompt} {HOSTILE[prompt]}{HOSTILE[0]}") for prompt in (0, 1)]
+    assert [row["step"] for row in looks] == ["0", "5"]
+    assert float(looks[0]["reward"]) == pytest.approx(sum(said) / 2, abs=2e-6)
+    assert float(looks[0]["kl"]) == 0.5
+
+
+def test_measures_are_drawn_of_the_runs_that_have_them(rich: Path, page: str) -> None:
+    figure = (rich / REPORT / "figures" / "measures.svg").read_text()
+    told = re.findall("<title>(.*?)</title>", figure)
+    assert [words.rsplit(":", 1)[0] for words in told] == [
+        f"squared, {title} after step 5"
+        for title in ("Jensen-Shannon to the target, nats", "Self-BLEU", "E[acting]")
+    ]
 
 
 def test_the_first_sentence_claims_what_the_paired_comparisons_show(rich: Path, page: str) -> None:

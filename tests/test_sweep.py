@@ -60,6 +60,18 @@ def test_rows_are_added_after_the_last_run_and_no_other_byte_changes(params: Pat
     check_runs(load_params())
 
 
+def test_the_recipe_has_the_runs_that_its_commands_write(params: Path) -> None:
+    text = (PROJECT / "recipes" / "frontier.yaml").read_text()
+    recipe = yaml.safe_load(text)["runs"]
+    params.write_text(SHIPPED.replace("\n  seed: 0\n", "\n  seed: 9\n"))  # so that all are new
+    before = load_params().runs
+    for command in re.findall("prefopt sweep (.*)", text):
+        sweep(*command.split())
+    written = {name: row for name, row in load_params().runs.items() if name not in before}
+    assert written == recipe
+    assert len(recipe) == 36
+
+
 @pytest.mark.parametrize(
     "runs",
     [
