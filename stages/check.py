@@ -7,6 +7,7 @@ from stages import models, sampling
 from stages.artefacts import CHECKED, program, stage
 from stages.judges import check_judge
 from stages.params import load_params
+from stages.rewards import check_reward
 from stages.runs import bind, check_runs
 
 
@@ -17,6 +18,8 @@ def main() -> None:
     models.check(params.base)
     runs = [bind(params, name).optimiser for name in params.runs]
     models.check_trainable(params.base, [params.sft, *runs])
+    for name in params.rewards:
+        check_reward(params, name)
     for name in set(params.evaluation.judges) & set(params.judges):
         check_judge(params, name)
     with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:

@@ -1,4 +1,4 @@
-"""Models on this machine as judges: the likelier of two answers, or a reward model's number.
+"""Models on this machine as judges: the likelier of two answers.
 
 A conversation goes through the tokenizer's chat template, where it has one; what its messages say
 is never read as control tokens.
@@ -9,8 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from prefopt.packing import Row
 from prefopt.scoring import score
@@ -43,7 +41,7 @@ class Chooser:
         self._policy = models.load_policy(name)
         self._dtype = models.DTYPES[dtype]
         self.context = int(models.load_config(name).max_position_embeddings)
-        self.name = _pinned(name, self._policy, self._tokenizer)
+        self.name = pinned(name, self._policy, self._tokenizer)
 
     def reply(self, messages: Sequence[tuple[str, str]], schema: dict[str, Any]) -> Reply:
         """A JSON object of the schema.
@@ -59,13 +57,13 @@ class Chooser:
             ValueError: if the schema holds anything else; `TooLong` if the messages exceed the
                 context.
         """
-        asked = _conversation(self._tokenizer, messages)
+        asked = conversation(self._tokenizer, messages)
         text, used = "{", 0
         for number, (name, field) in enumerate(_fields(schema).items()):
             text += f'{", " if number else ""}{json.dumps(name)}: "'
             if field:
-                begun = [*asked, *_plain(self._tokenizer, text)]
-                values = [_plain(self._tokenizer, value + '"') for value in field]
+                begun = [*asked, *plain(self._tokenizer, text)]
+                values = [plain(self._tokenizer, value + '"') for value in field]
                 chosen = self._likeliest(begun, values)
                 text += field[chosen]
                 used += len(values[chosen])
@@ -87,38 +85,6 @@ class Chooser:
         )
         sums = [sum(logp) for logp in logps]
         return sums.index(max(sums))
-
-
-class RewardModel:
-    """A sequence classifier with one logit, or with two, whose difference is then the reward.
-
-    It reads prompt and completion as a conversation where its tokenizer has a chat template, and
-    one after the other where it has none.
-    """
-
-    def __init__(self, name: str, *, num_threads: int) -> None:
-        models.set_up(seed=0, num_threads=num_threads)
-        self._tokenizer: Any = models.load_tokenizer(name)
-        self._model: Any = models.load_classifier(name)
-        if self._model.config.num_labels not in (1, 2):
-            raise ValueError(
-                f"model: '{name}' is no reward model, got {self._model.config.num_labels} labels; "
-                "one with 1 or 2 is needed"
-            )
-        self.name = _pinned(name, self._model, self._tokenizer)
-
-    @torch.no_grad()
-    def reward(self, prompt: str, completion: str) -> float:
-        # One text at a time, so that nothing is padded.
-        tokens = torch.tensor([self._tokens(prompt, completion)], device=self._model.device)
-        logits = self._model(input_ids=tokens).logits[0].float()
-        return (logits[-1] - logits[0] if len(logits) == 2 else logits[0]).item()
-
-    def _tokens(self, prompt: str, completion: str) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            return self._tokenizer.encode(prompt + completion, split_special_tokens=True)
-        said = [("user", prompt), ("assistant", completion)]
-        return _conversation(self._tokenizer, said, answered=True)
 
 
 def _fields(schema: dict[str, Any]) -> dict[str, list[str]]:
@@ -143,13 +109,13 @@ def _fields(schema: dict[str, Any]) -> dict[str, list[str]]:
     return fields
 
 
-def _conversation(
+def conversation(
     tokenizer: Any, messages: Sequence[tuple[str, str]], *, answered: bool = False
 ) -> list[int]:
     """Token ids of messages; an answer follows unless they hold it."""
     contents = [content for _, content in messages]
     if tokenizer.chat_template is None:
-        return [models.bos(tokenizer), *_plain(tokenizer, "\n\n".join(contents) + "\n")]
+        return [models.bos(tokenizer), *plain(tokenizer, "\n\n".join(contents) + "\n")]
     # Contents come in after the template was rendered, between its control tokens.
     places = [f"\ue000{number}\ue000" for number in range(len(messages))]
     rendered = tokenizer.apply_chat_template(
@@ -164,15 +130,15 @@ def _conversation(
     for place, content in zip(places, contents, strict=True):
         before, rendered = rendered.split(place)
         tokens += tokenizer.encode(before, add_special_tokens=False)
-        tokens += _plain(tokenizer, content)
+        tokens += plain(tokenizer, content)
     return tokens + tokenizer.encode(rendered, add_special_tokens=False)
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
+def plain(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def _pinned(name: str, model: Any, tokenizer: Any) -> str:
+def pinned(name: str, model: Any, tokenizer: Any) -> str:
     """A model's name with a digest of its weights and vocabulary, which says what answers."""
     sha = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     for key, tensor in sorted(model.state_dict().items()):

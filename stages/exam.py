@@ -81,7 +81,11 @@ def main() -> None:
         f"exam@{name}",
         inputs=inputs,
         outputs=[card_of(name)],
-        params={"exam": settings.model_dump(), "judges": params.judges},
+        params={
+            "exam": settings.model_dump(),
+            "judges": params.judges,
+            "rewards": params.rewards,
+        },
     ) as workspace:
         found = labelled_pairs() if in_pipeline else read_items(settings.source)
         # By digest, not by place: files are often sorted by what they hold.

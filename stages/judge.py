@@ -18,7 +18,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.judges import Comparison, check_judge, estimate, load_judge
-from stages.params import PROGRAMMATIC, EndpointJudge, load_params
+from stages.params import EndpointJudge, load_params
 
 
 def main() -> None:
@@ -30,7 +30,11 @@ def main() -> None:
         f"judge@{name}",
         inputs=[PROMPTS, samples_of("sft"), samples_of(name)],
         outputs=[judgements_of(name)],
-        params={"judges": params.judges, "evaluation": params.evaluation.judges},
+        params={
+            "judges": params.judges,
+            "rewards": params.rewards,
+            "evaluation": params.evaluation.judges,
+        },
     ) as workspace:
         comparisons = comparisons_of(name)
         columns: dict[str, list[Any]] = {field: [] for field in JUDGEMENTS_SCHEMA.names}
@@ -85,8 +89,8 @@ def estimates() -> str:
     sampled = [name for name in params.runs if samples_of(name).is_file()]
     lines: list[str] = []
     for name in params.evaluation.judges:
-        if name in PROGRAMMATIC:
-            lines.append(f"{name}: programmatic, costs nothing")
+        if name in params.known_rewards:
+            lines.append(f"{name}: a reward, costs no calls")
             continue
         declared = check_judge(params, name)
         if not isinstance(declared, EndpointJudge):

@@ -11,7 +11,7 @@ import csv
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,16 +22,14 @@ from stages.artefacts import digest
 from stages.endpoint import Endpoint, Estimate, Unanswered, host_of
 from stages.ledger import Expense, Ledger, opened
 from stages.params import (
-    PROGRAMMATIC,
     EndpointJudge,
     HumanJudge,
     Judge,
     LocalJudge,
     Params,
-    RewardModelJudge,
 )
 from stages.questions import FOLDER, SCHEMA, Question, load_template, parse
-from stages.rewards import load_reward
+from stages.rewards import Reward, Text, load_reward
 
 Verdict = Literal["policy", "opponent", "tie", "unparsed", "refused", "missing"]
 PARSED = ("policy", "opponent", "tie")
@@ -99,21 +97,14 @@ class Panelist(Protocol):
 
 def load_judge(params: Params, name: str, run: str) -> Panelist:
     """The judge called `name` in params.yaml; `run` is whose completions it will see."""
-    if name in PROGRAMMATIC:
-        reward = load_reward(name)
-        identity = {"kind": "programmatic", "reward": name}
-        return Rewarded(identity, lambda prompt, completion: reward(prompt + completion))
+    if name in params.known_rewards:
+        return Rewarded(load_reward(params, name))
     declared = check_judge(params, name)
     match declared:
         case EndpointJudge():
             return Asked(_endpoint(name, declared), declared.orders)
         case LocalJudge():
             return Asked(Local(name, declared), declared.orders)
-        case RewardModelJudge():
-            from stages.choice import RewardModel
-
-            model = RewardModel(declared.model, num_threads=declared.num_threads)
-            return Rewarded({"kind": "reward_model", "model": model.name}, model.reward)
         case HumanJudge():
             return Voted(Path(declared.votes) / f"{run}.csv")
 
@@ -132,8 +123,6 @@ def check_judge(params: Params, name: str) -> Judge:
             host_of(name, declared.base_url)
         case LocalJudge():
             load_template(declared.template)
-            _check_model(name, declared.model)
-        case RewardModelJudge():
             _check_model(name, declared.model)
         case HumanJudge():
             if not is_watched(declared.votes) or not Path(declared.votes).is_dir():
@@ -173,14 +162,18 @@ def _check_model(name: str, model: str) -> None:
 class Rewarded:
     """A judge that compares two numbers."""
 
-    identity: dict[str, str]
-    reward: Callable[[str, str], float]
+    reward: Reward
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self.reward.identity
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
-        return [
-            rewarded(self.reward(each.prompt, each.policy), self.reward(each.prompt, each.opponent))
-            for each in comparisons
-        ]
+        ours = [Text(each.prompt, each.policy) for each in comparisons]
+        theirs = [Text(each.prompt, each.opponent) for each in comparisons]
+        # Asked once, so that what is the same text has the same reward to the last bit.
+        rewards = self.reward([*ours, *theirs])
+        return list(map(rewarded, rewards[: len(ours)], rewards[len(ours) :]))
 
 
 def rewarded(policy: float, opponent: float) -> Judgement:

@@ -31,7 +31,7 @@ from stages.artefacts import (
     stage,
 )
 from stages.params import Label, load_params
-from stages.rewards import load_reward
+from stages.rewards import Reward, Text, load_reward
 from stages.templates import Templates, read_templates
 
 Table = Mapping[str, Column] | Mapping[str, Sequence[Any]]
@@ -95,6 +95,7 @@ def main() -> None:
     params = load_params()
     relevant = {
         "label": params.label.model_dump(),
+        "rewards": params.rewards,
         "revision": params.revision.train,
         "seed": params.compute.seed,
     }
@@ -109,7 +110,8 @@ def main() -> None:
         if params.label.method == "given":
             found = given(prompts)
         else:
-            pairs = judged(prompts, candidates, params.label, params.compute.seed)
+            reward = load_reward(params, params.label.reward)
+            pairs = judged(prompts, candidates, reward, params.label, params.compute.seed)
             found = written(prompts, candidates, pairs)
         templates = read_templates() if params.revision.train else None
         num_rows = num_pairs = 0
@@ -158,15 +160,18 @@ def given(prompts: Table) -> Iterator[Written]:
                 yield Written(split, prompts["tokens"][row], sides, chosen=0, preference=1.0)
 
 
-def judged(prompts: Table, candidates: Table, label: Label, seed: int) -> Iterator[Pair]:
+def judged(
+    prompts: Table, candidates: Table, reward: Reward, label: Label, seed: int
+) -> Iterator[Pair]:
     """Pairs of candidates; a prompt whose compared candidates have one reward gives none."""
-    reward = load_reward(label.reward)
     coin = random.Random(seed)
     # Candidates of one prompt lie together.
     numbered = itertools.groupby(enumerate(candidates["prompt"]), key=lambda member: member[1])
     for row, members in numbered:
         prompt = prompts["text"][row]
-        rewards = {number: reward(prompt + candidates["text"][number]) for number, _ in members}
+        numbers = [number for number, _ in members]
+        texts = [Text(prompt, candidates["text"][number]) for number in numbers]
+        rewards = dict(zip(numbers, reward(texts), strict=True))
         if label.method == "best_against_worst":
             chosen, rejected = (
                 max(rewards, key=rewards.__getitem__),

@@ -170,10 +170,20 @@ def load_policy(name: str) -> PreTrainedModel:
 
 
 def load_classifier(name: str) -> PreTrainedModel:
-    """A sequence classifier in float32 on the device, in eval mode."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        **_source(name), dtype=torch.float32, use_safetensors=True
+    """A sequence classifier in float32 on the device, in eval mode.
+
+    Raises:
+        ValueError: if its weights lack some of what a classifier has.
+    """
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        **_source(name), dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"model: '{name}' lacks weights of a sequence classifier, got no "
+            f"{', '.join(sorted(found['missing_keys']))}; they would be random: name a model that "
+            "was trained to classify"
+        )
     torch.nn.Module.to(model, device())
     return model.eval()
 

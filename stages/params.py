@@ -35,8 +35,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 # Names become stage names, file names and parts of commands, so their characters are few.
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-Reward = Literal["vader", "textblob"]
-PROGRAMMATIC = ("vader", "textblob")
+BUILT_IN = ("vader", "textblob")  # rewards that need no declaration
 # `last`, or a metric of a look: of the loss the lowest, of the others the highest.
 Select = Literal[
     "last", "validation/loss", "validation/rewards/accuracies", "validation/rewards/margins"
@@ -124,8 +123,104 @@ class Sample(Strict):
 
 class Label(Strict):
     method: Literal["best_against_worst", "bradley_terry", "given"]
-    reward: Reward
+    reward: Name
     scale: Positive
+
+
+Reads = Literal["text", "completion"]  # the prompt with its completion, or the completion alone
+
+
+class WordsReward(Strict):
+    """Whether the text has one of these words, or how often; whole words, in any case."""
+
+    words: Annotated[list[Annotated[str, Field(pattern=r"\S")]], Field(min_length=1)]
+    count: StrictBool = False
+    reads: Reads = "text"
+
+
+class PatternReward(Strict):
+    """Whether the text has a match of a regular expression, or how many."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    count: StrictBool = False
+    reads: Reads = "text"
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"must be a regular expression of Python's re, got {pattern!r} ({error}); mend it"
+            ) from None
+        return pattern
+
+
+class LengthReward(Strict):
+    """How long the text is; tokens are those of the base's tokenizer."""
+
+    length: Literal["characters", "words", "tokens"]
+    reads: Reads = "completion"
+
+
+class ClassifierReward(Strict):
+    """The log-odds of a logistic regression on TF-IDF: a JSON file."""
+
+    classifier: str
+    reads: Reads = "text"
+
+
+class PythonReward(Strict):
+    """A function of your own, `module:function`, from texts to as many numbers."""
+
+    python: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class ModelReward(Strict):
+    """A sequence classifier that is there: a folder or a hub id."""
+
+    model: str
+    num_threads: Count = 1
+
+
+class ThresholdReward(Strict):
+    """Whether another reward is above a number."""
+
+    above: float
+    of: Name
+
+
+Reward = (
+    WordsReward
+    | PatternReward
+    | LengthReward
+    | ClassifierReward
+    | PythonReward
+    | ModelReward
+    | ThresholdReward
+)
+# By the key that each of them alone has.
+REWARDS: dict[str, type[Reward]] = {
+    "words": WordsReward,
+    "pattern": PatternReward,
+    "length": LengthReward,
+    "classifier": ClassifierReward,
+    "python": PythonReward,
+    "model": ModelReward,
+    "above": ThresholdReward,
+}
+
+
+def read_reward(written: dict[str, Any], where: str) -> Reward:
+    """A reward as it is declared; one of its keys says which kind it is."""
+    kinds = [kind for kind in REWARDS if kind in written]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{where}: no reward of one kind, got {written!r}; give exactly one of "
+            f"{', '.join(REWARDS)}"
+        )
+    return checked(REWARDS[kinds[0]], written, where)
 
 
 class Watching(Strict):
@@ -176,14 +271,6 @@ class LocalJudge(Strict):
     num_threads: Count = 1
 
 
-class RewardModelJudge(Strict):
-    """A sequence classifier; the text with the higher reward wins."""
-
-    kind: Literal["reward_model"]
-    model: str
-    num_threads: Count = 1
-
-
 class HumanJudge(Strict):
     """People's votes: a folder with RUN.csv, of columns prompt, opponent and verdict."""
 
@@ -191,11 +278,10 @@ class HumanJudge(Strict):
     votes: str
 
 
-Judge = EndpointJudge | LocalJudge | RewardModelJudge | HumanJudge
+Judge = EndpointJudge | LocalJudge | HumanJudge
 JUDGES: dict[str, type[Judge]] = {
     "endpoint": EndpointJudge,
     "local": LocalJudge,
-    "reward_model": RewardModelJudge,
     "human": HumanJudge,
 }
 
@@ -224,9 +310,18 @@ class Params(Strict):
     train: Optimiser
     watch: Watching
     runs: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    rewards: dict[Name, dict[str, Any]]
     judges: dict[Name, dict[str, Any]]
     exam: Exam
     evaluation: Evaluation
+
+    @property
+    def known_rewards(self) -> list[str]:
+        return [*BUILT_IN, *self.rewards]
+
+    def reward(self, name: str) -> Reward:
+        """The declared reward called `name`."""
+        return read_reward(self.rewards[name], f"rewards.{name}")
 
     def judge(self, name: str) -> Judge:
         """The declared judge called `name`."""
@@ -240,15 +335,45 @@ class Params(Strict):
         return checked(JUDGES[kind], written, f"judges.{name}")
 
     @model_validator(mode="after")
+    def _rewards_are_known(self) -> "Params":
+        for name in self.rewards:
+            if name in BUILT_IN:
+                raise ValueError(
+                    f"rewards.{name}: '{name}' is built in, got another reward of that name; "
+                    "rename it"
+                )
+            declared = self.reward(name)
+            if isinstance(declared, ThresholdReward):
+                self._check_threshold(name, declared)
+        self.check_reward_is_known("label.reward", self.label.reward)
+        return self
+
+    def check_reward_is_known(self, where: str, name: str) -> None:
+        """Refuse a name that no reward has."""
+        if name not in self.known_rewards:
+            raise ValueError(
+                f"{where}: no such reward, got '{name}'; known: {', '.join(self.known_rewards)}"
+                + did_you_mean(name, self.known_rewards)
+            )
+
+    def _check_threshold(self, name: str, declared: ThresholdReward) -> None:
+        self.check_reward_is_known(f"rewards.{name}.of", declared.of)
+        if declared.of in self.rewards and "above" in self.rewards[declared.of]:
+            raise ValueError(
+                f"rewards.{name}.of: is 0 or 1 itself, got '{declared.of}', which has a "
+                "threshold; name a reward without one"
+            )
+
+    @model_validator(mode="after")
     def _judges_are_known(self) -> "Params":
         for name in self.judges:
-            if name in PROGRAMMATIC:
+            if name in self.known_rewards:
                 raise ValueError(
-                    f"judges.{name}: '{name}' is a programmatic judge's own name, got another "
-                    "judge of that name; rename it"
+                    f"judges.{name}: '{name}' is a reward's name, which judges by itself, got "
+                    "another judge of that name; rename it"
                 )
             self.judge(name)
-        known = [*PROGRAMMATIC, *self.judges]
+        known = [*self.known_rewards, *self.judges]
         for name in self.evaluation.judges:
             if name not in known:
                 raise ValueError(

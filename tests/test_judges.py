@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import PROJECT, byte_tokenizer, llama, write_jsonl
 from hostile import HOSTILE
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from prefopt.judging import length_slope, wilson
 from stages import exam
@@ -38,7 +36,7 @@ from stages.judges import Asked, Comparison, Judgement, check_judge, load_judge,
 from stages.ledger import opened
 from stages.params import load_params
 from stages.questions import SCHEMA
-from stages.rewards import load_reward
+from stages.rewards import Text, load_reward
 
 Write = Callable[..., dict[str, Any]]
 SHORT = "{prompt}\n{first}\n{second}\nA or B?\n"
@@ -87,9 +85,11 @@ def test_a_programmatic_judge_compares_the_rewards_of_whole_texts(
     write_params: Write, name: str
 ) -> None:
     write_params()
-    reward = load_reward(name)
+    reward = load_reward(load_params(), name)
     for each, judgement in zip(comparisons(), judged(name, comparisons()), strict=True):
-        ours, theirs = reward("The movie" + each.policy), reward("The movie" + each.opponent)
+        ours, theirs = reward(
+            [Text("The movie", each.policy), Text("", "The movie" + each.opponent)]
+        )
         assert (judgement.policy_reward, judgement.opponent_reward) == (ours, theirs)
         expected = "tie" if ours == theirs else "policy" if ours > theirs else "opponent"
         assert judgement.verdict == expected
@@ -138,9 +138,9 @@ def test_what_a_message_says_is_never_a_control_token(base: Path) -> None:
     )
     tokenizer.save_pretrained(base)
     llama(context=256).save_pretrained(base)
-    from stages.choice import _conversation
+    from stages.choice import conversation
 
-    tokens = _conversation(tokenizer, [("user", "a</s><s><pad>b"), ("assistant", "</s>")])
+    tokens = conversation(tokenizer, [("user", "a</s><s><pad>b"), ("assistant", "</s>")])
     assert [token for token in tokens if token < 3] == [0, 1, 1]
     assert tokenizer.decode([t for t in tokens if t > 2]) == "user: a</s><s><pad>bassistant: </s>"
 
@@ -187,28 +187,6 @@ def test_the_server_listens_on_the_loopback_alone(server: dict[str, str]) -> Non
     assert [address for address in listening if address.endswith(f":{port:04X}")] == [
         f"0100007F:{port:04X}"
     ]
-
-
-@pytest.mark.parametrize("num_labels", [1, 2])
-def test_a_reward_model_prefers_the_higher_logit(
-    write_params: Write, folder: Path, num_labels: int
-) -> None:
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_labels=num_labels, pad_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(config).eval()
-    model.save_pretrained(folder / "reward")
-    byte_tokenizer().save_pretrained(folder / "reward")
-    write_params(judges={"rm": {"kind": "reward_model", "model": str(folder / "reward")}})
-    for each, judgement in zip(comparisons(), judged("rm", comparisons()), strict=True):
-        tokens = torch.tensor([byte_tokenizer().encode("The movie" + each.policy)])
-        logits = model(input_ids=tokens).logits[0]
-        expected = (logits[-1] - (logits[0] if num_labels == 2 else 0)).item()
-        assert judgement.policy_reward == pytest.approx(expected, abs=1e-6)
-        higher = judgement.policy_reward > judgement.opponent_reward
-        assert judgement.verdict == ("policy" if higher else "opponent")
 
 
 def vote(folder: Path, rows: list[tuple[str, str, str]]) -> None:

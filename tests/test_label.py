@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PROJECT
 
 from stages import label
 from stages.artefacts import (
@@ -25,8 +26,8 @@ from stages.artefacts import (
     read_table,
     write_table,
 )
-from stages.params import Label
-from stages.rewards import load_reward
+from stages.params import Label, load_params
+from stages.rewards import Text, load_reward
 from stages.templates import Template, Templates, write_templates
 
 TEXTS = [
@@ -36,6 +37,9 @@ TEXTS = [
     " a bad film",
     " a horrible mess",
 ]
+
+
+VADER = load_reward(load_params(PROJECT / "params.yaml"), "vader")
 
 
 def candidates_of(groups: list[list[str]]) -> dict[str, list[Any]]:
@@ -63,14 +67,15 @@ def judged(
     groups: list[list[str]], method: str, scale: float = 1.0, seed: int = 0
 ) -> list[label.Pair]:
     settings = Label(method=method, reward="vader", scale=scale)
-    return list(label.judged(prompts_of(len(groups)), candidates_of(groups), settings, seed))
+    prompts, candidates = prompts_of(len(groups)), candidates_of(groups)
+    return list(label.judged(prompts, candidates, VADER, settings, seed))
 
 
 def test_the_best_goes_against_the_worst_of_its_own_prompt() -> None:
     groups = [list(group) for group in itertools.permutations(TEXTS, 3)]
-    pairs, reward = judged(groups, "best_against_worst"), load_reward("vader")
+    pairs = judged(groups, "best_against_worst")
     for number, (group, pair) in enumerate(zip(groups, pairs, strict=True)):
-        rewards = [reward("A review." + text) for text in group]
+        rewards = VADER([Text("A review.", text) for text in group])
         assert pair.chosen == 3 * number + rewards.index(max(rewards))
         assert pair.rejected == 3 * number + rewards.index(min(rewards))
         assert pair.preference == 1.0
@@ -86,8 +91,8 @@ def test_ties_give_no_pair(method: str) -> None:
 def test_bradley_terry_prefers_as_often_as_the_sigmoid_says(scale: float) -> None:
     count = 4000
     pairs = judged([[TEXTS[1], TEXTS[3]]] * count, "bradley_terry", scale)
-    reward = load_reward("vader")
-    gap = reward("A review." + TEXTS[1]) - reward("A review." + TEXTS[3])
+    good, bad = VADER([Text("A review.", TEXTS[1]), Text("A review.", TEXTS[3])])
+    gap = good - bad
     expected = 1 / (1 + math.exp(-gap / scale))
     good_won = [pair.chosen % 2 == 0 for pair in pairs]
     share = sum(good_won) / count
