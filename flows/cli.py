@@ -15,6 +15,7 @@ Answer = TypeVar("Answer")
 
 # Of commands that take a formula: one may begin with a minus.
 FORMULAS = {"ignore_unknown_options": True}
+DVC = Path("dvc.yaml")
 TIMES = Path(".prefopt/times.jsonl")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -55,6 +56,7 @@ def sweep(
     commas; every combination is a row. All are checked before any is written.
     """
     from flows.graph import stages_of_runs
+    from stages.params import read_yaml
     from stages.sweep import plan, read_options
 
     found = _or_exit(lambda: plan(name, read_options(context.args)))
@@ -68,7 +70,7 @@ def sweep(
     written = "would be written" if dry_run else "written to params.yaml"
     typer.echo(f"\n{trainings} {written}; {len(found.there)} of the sweep were there.")
     if found.new:
-        of_each, anew, kept = stages_of_runs()
+        of_each, anew, kept = stages_of_runs(read_yaml(DVC)["stages"])
         typer.echo(f"`dvc repro` computes, of each new run: {', '.join(of_each)}")
         typer.echo(f"                         once again: {', '.join(anew)}")
         typer.echo(f"It does not compute again: {', '.join(kept)}, nor any other run.")

@@ -3,11 +3,11 @@
 Only reads and reorders: what runs a stage is DVC's own command, a process for each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-DVC = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
 
 
@@ -46,17 +46,17 @@ def read_plan() -> Plan:
     return Plan(tuple(needs), needs, frozenset(outdated), tuple(_locked()))
 
 
-def stages_of_runs() -> tuple[list[str], list[str], list[str]]:
-    """What a new run means to the stages of ./dvc.yaml, by their names there.
+def stages_of_runs(
+    stages: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[str], list[str], list[str]]:
+    """What a new run means to the stages that dvc.yaml declares, by their names there.
 
     Returns:
         Those that are executed for it, those that are executed again because they read all runs,
         and those that it leaves as they are.
     """
-    from stages.params import read_yaml
-
     of_each, anew, kept = list[str](), list[str](), list[str]()
-    for name, stage in read_yaml(DVC).get("stages", {}).items():
+    for name, stage in stages.items():
         read = stage.get("params", [])
         if stage.get("foreach") == "${runs}":
             of_each.append(name)

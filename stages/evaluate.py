@@ -39,8 +39,8 @@ from stages.artefacts import (
     samples_of,
     stage,
 )
-from stages.params import load_params
-from stages.rewards import load_reward
+from stages.params import Params, load_params
+from stages.rewards import Text, load_reward
 from stages.templates import read_templates
 from stages.tracking import track_evaluation
 from stages.verdicts import Table, judgements, prompts_of, questions, rows_where, samples
@@ -101,7 +101,7 @@ def main() -> None:
         }
         text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
         workspace.partial(metrics_of(name)).write_text(text)
-        seen = looks(name, params.label.reward)
+        seen = looks(name, params)
         with open(workspace.partial(looks_of(name)), "w", newline="") as file:
             writer = csv.DictWriter(file, LOOK, lineterminator="\n")
             writer.writeheader()
@@ -196,22 +196,23 @@ def _finding(found: Finding) -> dict[str, Any]:
     return _rounded(asdict(found)) | {"remedies": list(found.remedies)}
 
 
-def looks(name: str, gold: str) -> list[dict[str, float]]:
+def looks(name: str, params: Params) -> list[dict[str, float]]:
     """What the gold reward says of the run's completions while it trained: one row a look.
 
     KL as the look estimated it, in nats a sequence; each mean with its standard error.
     """
     table = read_table(generations_of(name), GENERATIONS_SCHEMA)
-    prompts, reward = map_table(PROMPTS, PROMPTS_SCHEMA)["text"], load_reward(gold)
+    prompts = map_table(PROMPTS, PROMPTS_SCHEMA)["text"]
+    texts = [
+        Text(prompts[prompt], text)
+        for prompt, text in zip(table["prompt"], table["text"], strict=True)
+    ]
+    table["reward"] = load_reward(params, params.label.reward)(texts) if texts else []
     found: list[dict[str, float]] = []
     for step in dict.fromkeys(table["step"]):
         rows = rows_where(table, step=step)
-        rewards = [
-            reward(prompts[prompt] + text)
-            for prompt, text in zip(rows["prompt"], rows["text"], strict=True)
-        ]
-        means = [_mean(rows["kl"]), _mean(rewards)]
-        found.append(dict(zip(LOOK, (step, len(rewards), *means[0], *means[1]), strict=True)))
+        means = [_mean(rows["kl"]), _mean(rows["reward"])]
+        found.append(dict(zip(LOOK, (step, len(rows["kl"]), *means[0], *means[1]), strict=True)))
     return found
 
 

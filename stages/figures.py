@@ -371,6 +371,8 @@ def draw_logratios(results: Sequence[Result]) -> Figure:
         for axes, panel in zip(row, titles, strict=True):
             axes.axhline(0, color=MUTED, linewidth=0.8)
             for side, dashes in (("chosen", "-"), ("rejected", (0, (2.5, 1.5)))):
+                if panel == "step" and f"logratios/{side}" not in result.curve:
+                    continue  # it learned from no pairs
                 if panel == "step":
                     x, y = result.curve["step"], result.curve[f"logratios/{side}"]
                 else:
@@ -531,6 +533,9 @@ def draw_curves(results: Sequence[Result]) -> Figure:
     grid = figure.subplots(len(results), len(panels), sharex="col", squeeze=False)
     for row, result in zip(grid, results, strict=True):
         for axes, (column, title) in zip(row, panels.items(), strict=True):
+            if column not in result.curve:
+                axes.axis("off")  # it learned from no pairs
+                continue
             values = result.curve[column]
             start = {"loss": values[0], "rewards/margins": 0.0, "rewards/accuracies": 0.5}[column]
             axes.axhline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))

@@ -50,7 +50,7 @@ from stages.figures import LEAST_WATCHED
 from stages.params import Params, load_params
 from stages.remedies import READS, YOURS, advice
 from stages.results import Result
-from stages.rewards import load_reward
+from stages.rewards import Text, load_reward
 
 EOS = 1
 NUM_TEST, NUM_SHIFTED = 30, 20
@@ -164,6 +164,8 @@ def write_training(name: str, *, rich: bool) -> None:
     write_table(logratios_of(name), columns, LOGRATIOS_SCHEMA)
     names = ["loss", "rewards/margins", "rewards/accuracies"]
     sides = ["logratios/chosen", "logratios/rejected"]
+    if rich and name == "squared":  # as if it had learned from its own samples and no pairs
+        names, sides = ["loss"], []
     watched = [f"validation/{column}" for column in names] if rich else []
     # What a run that learns from its own samples measures, now and then.
     measured = ["target/js", "samples/self_bleu", "moments/acting"] if name == "squared" else []
@@ -364,8 +366,8 @@ def test_settings_of_one_objective_are_one_frontier_and_others_are_points(rich: 
         ]
         with open(looks_of("ipo"), newline="") as file:
             looks = list(csv.DictReader(file))
-    praise = load_reward("vader")
-    said = [praise(f"prompt {prompt} {HOSTILE[prompt]}{HOSTILE[0]}") for prompt in (0, 1)]
+        praise = load_reward(load_params(), "vader")
+    said = praise([Text(f"prompt {prompt} {HOSTILE[prompt]}", HOSTILE[0]) for prompt in (0, 1)])
     assert [row["step"] for row in looks] == ["0", "5"]
     assert float(looks[0]["reward"]) == pytest.approx(sum(said) / 2, abs=2e-6)
     assert float(looks[0]["kl"]) == 0.5
