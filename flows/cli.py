@@ -15,6 +15,7 @@ Answer = TypeVar("Answer")
 
 # Of commands that take a formula: one may begin with a minus.
 FORMULAS = {"ignore_unknown_options": True}
+DVC = Path("dvc.yaml")
 TIMES = Path(".prefopt/times.jsonl")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -41,6 +42,38 @@ def repro(
     # The trainings' own courier may still be on its way: this one waits for it.
     _run(sys.executable, "-m", "stages.tracking")
     sys.exit(dvc.returncode)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sweep(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="a run to vary, or a loss", metavar="NAME")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say it, write nothing")] = False,
+) -> None:
+    """Write rows into `runs` of params.yaml: prefopt sweep dpo --beta 0.03,0.1 --seed 0,1,2.
+
+    Options are keys of the row (target.beta is beta within target), each with values between
+    commas; every combination is a row. All are checked before any is written.
+    """
+    from flows.graph import stages_of_runs
+    from stages.params import read_yaml
+    from stages.sweep import plan, read_options
+
+    found = _or_exit(lambda: plan(name, read_options(context.args)))
+    if not dry_run:
+        found.write()
+    for line in found.lines:
+        typer.echo(f"  {line}")
+    for row, run in found.there.items():
+        typer.echo(f"  {row} is not written: run {run} is that training")
+    trainings = "1 training" if len(found.new) == 1 else f"{len(found.new)} trainings"
+    written = "would be written" if dry_run else "written to params.yaml"
+    typer.echo(f"\n{trainings} {written}; {len(found.there)} of the sweep were there.")
+    if found.new:
+        of_each, anew, kept = stages_of_runs(read_yaml(DVC)["stages"])
+        typer.echo(f"`dvc repro` computes, of each new run: {', '.join(of_each)}")
+        typer.echo(f"                         once again: {', '.join(anew)}")
+        typer.echo(f"It does not compute again: {', '.join(kept)}, nor any other run.")
 
 
 @app.command()

@@ -3,9 +3,10 @@
 Only reads and reorders: what runs a stage is DVC's own command, a process for each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LOCK = Path("dvc.lock")
 
@@ -43,6 +44,27 @@ def read_plan() -> Plan:
         if wanted & outdated:
             outdated.add(name)
     return Plan(tuple(needs), needs, frozenset(outdated), tuple(_locked()))
+
+
+def stages_of_runs(
+    stages: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[str], list[str], list[str]]:
+    """What a new run means to the stages that dvc.yaml declares, by their names there.
+
+    Returns:
+        Those that are executed for it, those that are executed again because they read all runs,
+        and those that it leaves as they are.
+    """
+    of_each, anew, kept = list[str](), list[str](), list[str]()
+    for name, stage in stages.items():
+        read = stage.get("params", [])
+        if stage.get("foreach") == "${runs}":
+            of_each.append(name)
+        elif any(entry == "runs" or isinstance(entry, dict) for entry in read):
+            anew.append(name)
+        else:
+            kept.append(name)
+    return of_each, anew, kept
 
 
 def restore_order(plan: Plan) -> None:

@@ -40,6 +40,7 @@ REFERENCE = ROOT / "reference.parquet"
 SFT = ROOT / "models" / "sft"
 SFT_CURVE = ROOT / "curves" / "sft.csv"
 COMPARISON = ROOT / "comparison.json"
+FRONTIER = ROOT / "frontier.csv"
 REPORT = ROOT / "report"
 WORK = Path(".prefopt")  # checkpoints, locks, journals: neither git's nor DVC's
 
@@ -58,6 +59,10 @@ def logratios_of(run: str) -> Path:
 
 def generations_of(run: str) -> Path:
     return ROOT / "generations" / f"{run}.parquet"
+
+
+def looks_of(run: str) -> Path:
+    return ROOT / "looks" / f"{run}.csv"
 
 
 def samples_of(run: str) -> Path:

@@ -10,8 +10,19 @@ from jaxtyping import Float
 from prefopt.statistics.comparison import compare
 from prefopt.statistics.intervals import cells, points
 from prefopt.statistics.ratings import Games, ratings
-from stages.artefacts import COMPARISON, PROMPTS, judgements_of, program, stage
+from stages.artefacts import (
+    COMPARISON,
+    FRONTIER,
+    PROMPTS,
+    judgements_of,
+    program,
+    samples_of,
+    stage,
+)
+from stages.families import families
+from stages.frontier import metrics_of, reward_against_kl, table_of
 from stages.params import load_params
+from stages.tracking import track_comparison
 from stages.verdicts import Table, judgements, prompts_of, questions
 
 
@@ -20,11 +31,16 @@ def main() -> None:
     num_resamples, seed = params.evaluation.num_resamples, params.compute.seed
     with stage(
         "compare",
-        inputs=[PROMPTS, *(judgements_of(name) for name in params.runs)],
-        outputs=[COMPARISON],
+        inputs=[
+            PROMPTS,
+            *(judgements_of(name) for name in params.runs),
+            *(samples_of(name) for name in params.runs),
+        ],
+        outputs=[COMPARISON, FRONTIER],
         params={
             "runs": params.runs,
             "split": params.evaluation.split,
+            "gold": params.label.reward,
             "num_resamples": num_resamples,
             "seed": seed,
         },
@@ -34,18 +50,14 @@ def main() -> None:
         found = {
             "win_rate": differences(tables, families(params.runs), num_resamples, seed),
             "ratings": elo(tables, num_resamples, seed),
+            "frontier": reward_against_kl(params, tables, prompts),
         }
         text = json.dumps(found, indent=2, allow_nan=False) + "\n"
         workspace.partial(COMPARISON).write_text(text)
-
-
-def families(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Runs that differ in nothing but `seed`, one objective trained anew: names joined -> names."""
-    found: dict[str, list[str]] = {}
-    for name, row in runs.items():
-        same = json.dumps({key: row[key] for key in row if key != "seed"}, sort_keys=True)
-        found.setdefault(same, []).append(name)
-    return {" + ".join(names): names for names in found.values()}
+        table = table_of(found["frontier"])
+        workspace.partial(FRONTIER).write_text(table)
+    if metrics := metrics_of(found["frontier"]):
+        track_comparison(recipe=params.recipe, metrics=metrics, files={FRONTIER.name: table})
 
 
 def differences(

@@ -1,7 +1,9 @@
 """Statistics of one run, from verdicts and samples alone: `python -m stages.evaluate RUN`."""
 
 import argparse
+import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -20,25 +22,38 @@ from prefopt.metrics import displacement, distinct
 from prefopt.statistics.intervals import cells, complete, points, win_rate
 from prefopt.statistics.length import length_controlled
 from stages.artefacts import (
+    GENERATIONS_SCHEMA,
     LOGRATIOS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
     SAMPLES_SCHEMA,
     TEMPLATES,
+    generations_of,
     judgements_of,
     logratios_of,
+    looks_of,
+    map_table,
     metrics_of,
     program,
     read_table,
     samples_of,
     stage,
 )
-from stages.params import load_params
+from stages.params import Params, load_params
+from stages.rewards import Text, load_reward
 from stages.templates import read_templates
 from stages.tracking import track_evaluation
 from stages.verdicts import Table, judgements, prompts_of, questions, rows_where, samples
 
 SIDES = ("chosen", "rejected")
+LOOK: Sequence[str] = (
+    "step",
+    "completions",
+    "kl",
+    "kl_standard_error",
+    "reward",
+    "reward_standard_error",
+)
 NUM_BOOTSTRAP = 20  # evaluations of a revision, as Choi et al. 2024 draw their bands
 
 
@@ -62,8 +77,9 @@ def main() -> None:
             samples_of(name),
             samples_of("sft"),
             logratios_of(name),
+            generations_of(name),
         ],
-        outputs=[metrics_of(name)],
+        outputs=[metrics_of(name), looks_of(name)],
         params=relevant,
     ) as workspace:
         prompts = prompts_of(evaluation.split)
@@ -85,7 +101,17 @@ def main() -> None:
         }
         text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
         workspace.partial(metrics_of(name)).write_text(text)
-    track_evaluation(name, recipe=params.recipe, metrics=flatten(metrics))
+        seen = looks(name, params)
+        with open(workspace.partial(looks_of(name)), "w", newline="") as file:
+            writer = csv.DictWriter(file, LOOK, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(seen)
+    track_evaluation(
+        name,
+        recipe=params.recipe,
+        metrics=flatten(metrics),
+        by_step=[(int(look["step"]), {"looks/reward": look["reward"]}) for look in seen],
+    )
 
 
 def win_rates(
@@ -168,6 +194,32 @@ def _written(table: Table, eos: int) -> Written:
 
 def _finding(found: Finding) -> dict[str, Any]:
     return _rounded(asdict(found)) | {"remedies": list(found.remedies)}
+
+
+def looks(name: str, params: Params) -> list[dict[str, float]]:
+    """What the gold reward says of the run's completions while it trained: one row a look.
+
+    KL as the look estimated it, in nats a sequence; each mean with its standard error.
+    """
+    table = read_table(generations_of(name), GENERATIONS_SCHEMA)
+    prompts = map_table(PROMPTS, PROMPTS_SCHEMA)["text"]
+    texts = [
+        Text(prompts[prompt], text)
+        for prompt, text in zip(table["prompt"], table["text"], strict=True)
+    ]
+    table["reward"] = load_reward(params, params.label.reward)(texts) if texts else []
+    found: list[dict[str, float]] = []
+    for step in dict.fromkeys(table["step"]):
+        rows = rows_where(table, step=step)
+        means = [_mean(rows["kl"]), _mean(rows["reward"])]
+        found.append(dict(zip(LOOK, (step, len(rows["kl"]), *means[0], *means[1]), strict=True)))
+    return found
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    """With its standard error, of a single value 0."""
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return round(float(np.mean(values)), 6), round(error, 6)
 
 
 def deciles(logratios: dict[str, np.ndarray]) -> dict[str, Any]:

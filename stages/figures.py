@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from stages.families import sweeps
 from stages.params import Params
 from stages.results import COLOURS, OPPONENTS, Reference, Result
 
@@ -31,6 +32,23 @@ INK, MUTED, GRID, PAPER = "#1f2430", "#69707d", "#e2e5ea", "#fffffe"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--card)"}
 FIGURE_FONT = "DejaVu Sans"  # comes with matplotlib, so that layouts are the same everywhere
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+# Completions a look; of fewer a mean reward in [-1, 1] may be off by 0.1 and more.
+LEAST_WATCHED = 24
+# What a run that learns from its own samples measures while it trains.
+MEASURES = {
+    "target/kl_p_pi": "KL(target || policy), nats",
+    "target/kl_pi_p": "KL(policy || target), nats",
+    "target/tv": "total variation to the target",
+    "target/js": "Jensen-Shannon to the target, nats",
+    "samples/reward": "mean reward of samples",
+    "samples/kl": "KL(policy || reference), nats",
+    "samples/entropy": "entropy, nats a completion",
+    "samples/distinct_1": "distinct 1-grams",
+    "samples/distinct_2": "distinct 2-grams",
+    "samples/distinct_3": "distinct 3-grams",
+    "samples/self_bleu": "Self-BLEU",
+    "samples/ess": "effective sample size",
+}
 TOLD = "told: "  # begins the ids that `save` makes titles of
 STYLE_OF_FIGURES: "dict[RcKeyType, Any]" = {
     "svg.hashsalt": "prefopt",
@@ -61,18 +79,26 @@ STYLE_OF_FIGURES: "dict[RcKeyType, Any]" = {
 
 
 def draw(
-    directory: Path, params: Params, results: Sequence[Result], reference: Reference
+    directory: Path,
+    params: Params,
+    results: Sequence[Result],
+    reference: Reference,
+    comparison: dict[str, Any],
 ) -> list[str]:
     """Write every figure as an SVG file; returns their names."""
     with rc_context(STYLE_OF_FIGURES):
         drawn = {
             "win_rates": draw_win_rates(params, results),
-            "reward_kl": draw_frontier(params, results, reference),
+            "reward_kl": draw_frontier(params, results, reference, comparison["frontier"]),
             "length": draw_length(params, results, reference),
             "displacement": draw_displacement(results),
             "logratios": draw_logratios(results),
             "curves": draw_curves(results),
         }
+        if paths := watched_paths(results, comparison["frontier"]):
+            drawn["reward_kl_steps"] = draw_paths(params, results, paths)
+        if measures := measures_of(results):
+            drawn["measures"] = draw_measures(results, measures)
         if "revisions" in results[0].metrics:
             drawn["revisions"] = draw_revisions(params, results)
         for name, figure in drawn.items():
@@ -107,8 +133,14 @@ def draw_win_rates(params: Params, results: Sequence[Result]) -> Figure:
     return figure
 
 
-def draw_frontier(params: Params, results: Sequence[Result], reference: Reference) -> Figure:
-    """Mean gold reward, and win rate over SFT by it, against KL to the reference."""
+def draw_frontier(
+    params: Params, results: Sequence[Result], reference: Reference, frontier: dict[str, Any]
+) -> Figure:
+    """Mean gold reward, and win rate over SFT by it, against KL to the reference.
+
+    A point is an objective at one strength, its trainings together. Objectives of several strengths
+    have their frontier with its band, and their points are named by their strength.
+    """
     figure = new_figure(10.6, 4.6)
     rewards, rates = figure.subplots(1, 2)
     judge = params.label.reward
@@ -126,34 +158,176 @@ def draw_frontier(params: Params, results: Sequence[Result], reference: Referenc
         axes.set_xlabel("KL(policy || reference), nats a completion")
     rewards.axhline(reference.gold_reward, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     rates.axhline(0.5, color=MUTED, linewidth=1)
-    for result in results:
-        values, _ = result.rewards("sft", judge)
-        error = float(np.std(values, ddof=1) / len(values) ** 0.5)
-        metrics = result.metrics
-        rate = metrics["win_rate"]["sft"][judge]
-        x, spread = metrics["kl"], metrics["kl_standard_error"]
-        words = (
-            f"{result.name} ({result.specification}): KL {x:.2f} ± {spread:.2f} nats, reward "
-            f"{metrics['reward']:.3f} ± {error:.3f}, win rate over SFT {rate['value']:.3f} "
-            f"[{rate['low']:.3f}, {rate['high']:.3f}], {metrics['length']:.1f} tokens"
-        )
-        for axes, y, low, high in (
-            (rewards, metrics["reward"], metrics["reward"] - error, metrics["reward"] + error),
-            (rates, rate["value"], rate["low"], rate["high"]),
-        ):
-            axes.hlines(y, x - spread, x + spread, color=result.colour, linewidth=1)
-            axes.vlines(x, low, high, color=result.colour, linewidth=1)
-            (point,) = axes.plot(x, y, marker=result.marker, markersize=8, color=result.colour)
-            tell(point, words)
-            points[axes].append((x, y, result.name))
-            bars[axes] += [((x - spread, y), (x + spread, y)), ((x, low), (x, high))]
+    by_name = {result.name: result for result in results}
+    for objective, settings in frontier["places"].items():
+        members = [by_name[place["runs"][0]] for place in settings.values()]
+        colour, curve = members[0].colour, frontier["curves"].get(objective)
+        if curve is not None:
+            x = curve["budgets"]
+            rewards.fill_between(
+                x, curve["low"], curve["high"], color=colour, alpha=0.12, linewidth=0
+            )
+            rewards.plot(x, curve["frontier"], color=colour, linewidth=1.6, label=objective)
+            places = list(settings.values())
+            rates.plot(
+                [place["kl"]["value"] for place in places],
+                [place["win_rate"]["value"] for place in places],
+                color=colour, linewidth=1.2, alpha=0.6,
+            )  # fmt: skip
+        for (strength, place), member in zip(settings.items(), members, strict=True):
+            names = " + ".join(place["runs"])
+            kl, reward, rate = place["kl"], place["reward"], place["win_rate"]
+            x, spread = kl["value"], kl["standard_error"]
+            error = reward["standard_error"]
+            words = (
+                f"{names} ({objective}{', ' if strength else ''}{strength}): KL {x:.2f} ± "
+                f"{spread:.2f} nats, reward {reward['value']:.3f} ± {error:.3f}, win rate over SFT "
+                f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+            )
+            name = names if len(place["runs"]) == 1 else objective
+            label = name if curve is None else strength.split()[-1]
+            for axes, y, low, high in (
+                (rewards, reward["value"], reward["value"] - error, reward["value"] + error),
+                (rates, rate["value"], rate["low"], rate["high"]),
+            ):
+                axes.hlines(y, x - spread, x + spread, color=colour, linewidth=1)
+                axes.vlines(x, low, high, color=colour, linewidth=1)
+                (point,) = axes.plot(
+                    x, y, marker=member.marker if curve is None else "o", color=colour,
+                    markersize=8 if curve is None else 6,
+                )  # fmt: skip
+                tell(point, words)
+                points[axes].append((x, y, label))
+                bars[axes] += [((x - spread, y), (x + spread, y)), ((x, low), (x, high))]
     rewards.set_title(f"mean reward by {judge}")
     rates.set_title(f"win rate over SFT by {judge}")
     rewards.text(
         rewards.get_xlim()[1], reference.gold_reward, "gold ", ha="right", va="bottom", color=MUTED
     )
+    handles, labels = rewards.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
     for axes in (rewards, rates):
         label_points(axes, points[axes], bars[axes])
+    return figure
+
+
+def watched_paths(
+    results: Sequence[Result], frontier: dict[str, Any]
+) -> dict[str, dict[str, list[Any]]]:
+    """Objective -> strength -> (step, KL, reward, its standard error) of every look.
+
+    Over the trainings of a setting, whose looks are at the same steps; of settings whose looks have
+    fewer than `LEAST_WATCHED` completions in all, nothing.
+    """
+    by_name = {result.name: result for result in results}
+    found: dict[str, dict[str, list[Any]]] = {}
+    for objective, settings in frontier["places"].items():
+        for strength, place in settings.items():
+            path: list[Any] = []
+            # A training that ended early has fewer looks: then all have.
+            for looks in zip(*(by_name[name].looks for name in place["runs"]), strict=False):
+                if sum(look["completions"] for look in looks) >= LEAST_WATCHED:
+                    kl, reward = (float(np.mean([x[k] for x in looks])) for k in ("kl", "reward"))
+                    errors = [look["reward_standard_error"] for look in looks]
+                    error = float(np.linalg.norm(errors)) / len(errors)
+                    path.append((int(looks[0]["step"]), kl, reward, error))
+            if path:
+                found.setdefault(objective, {})[strength] = path
+    return found
+
+
+def draw_paths(
+    params: Params, results: Sequence[Result], paths: dict[str, dict[str, list[Any]]]
+) -> Figure:
+    """Reward against KL over the steps of training: a panel an objective, a line a strength."""
+    colours = {
+        objective: result.colour
+        for objective, settings in sweeps(params.runs).items()
+        for names in settings.values()
+        for result in results
+        if result.name in names
+    }
+    columns = min(3, len(paths))
+    rows = -(-len(paths) // columns)
+    figure = new_figure(max(6.0, 3.5 * columns), 0.4 + 3.2 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes in grid[len(paths) :]:
+        axes.set_visible(False)
+    for axes, (objective, settings) in zip(grid, paths.items(), strict=False):
+        axes.grid(True)
+        axes.set_title(objective)
+        axes.set_xlabel("KL(policy || reference), nats")
+        for number, (strength, path) in enumerate(settings.items()):
+            steps, kl, reward, error = zip(*path, strict=True)
+            alpha = 0.35 + 0.65 * (number + 1) / len(settings)
+            colour = colours[objective]
+            axes.plot(kl, reward, color=colour, alpha=alpha, linewidth=1.4)
+            axes.vlines(
+                kl, np.subtract(reward, error), np.add(reward, error), color=colour,
+                alpha=0.4 * alpha, linewidth=1,
+            )  # fmt: skip
+            for step, x, y, spread in zip(steps, kl, reward, error, strict=True):
+                is_last = step == steps[-1]
+                (point,) = axes.plot(
+                    x, y, marker="o", color=colour, alpha=alpha, markersize=6 if is_last else 3
+                )
+                tell(
+                    point,
+                    f"{objective}, {strength}, after step {step}: KL {x:.2f} nats, reward "
+                    f"{y:.3f} ± {spread:.3f}",
+                )
+            axes.annotate(
+                strength.split()[-1] if strength else "", (kl[-1], reward[-1]), (6, 0),
+                textcoords="offset points", va="center",
+            )  # fmt: skip
+    for axes in grid[::columns]:
+        axes.set_ylabel(f"mean reward by {params.label.reward}")
+    return figure
+
+
+def measures_of(results: Sequence[Result]) -> dict[str, str]:
+    """What runs that learn from their own samples measured: column of the curve -> title."""
+    columns = dict.fromkeys(column for result in results for column in result.curve)
+    known = {column: title for column, title in MEASURES.items() if column in columns}
+    prefix = "moments/"
+    moments = {c: f"E[{c.removeprefix(prefix)}]" for c in columns if c.startswith(prefix)}
+    return known | moments
+
+
+def draw_measures(results: Sequence[Result], measures: dict[str, str]) -> Figure:
+    """A panel a measure, a line for each run that has it."""
+    columns = min(3, len(measures))
+    rows = -(-len(measures) // columns)
+    figure = new_figure(max(6.0, 3.5 * columns), 0.7 + 2.1 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(measures) :]:
+        axes.set_visible(False)
+    shown: dict[str, Any] = {}
+    for axes, (column, title) in zip(grid, measures.items(), strict=False):
+        for result in results:
+            measured = [
+                (step, value)
+                for step, value in zip(
+                    result.curve["step"], result.curve.get(column, []), strict=False
+                )
+                if np.isfinite(value)
+            ]
+            if measured:
+                (shown[result.name],) = axes.plot(
+                    *zip(*measured, strict=True), color=result.colour, linewidth=1.4,
+                    marker=result.marker, markersize=3 if len(measured) < 30 else 0,
+                )  # fmt: skip
+                step, value = measured[-1]
+                (point,) = axes.plot(step, value, marker=result.marker, color=result.colour)
+                tell(point, f"{result.name}, {title} after step {step:.0f}: {value:.4g}")
+        axes.grid(True)
+        axes.set_title(title)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(axis="y", labelcolor=MUTED)
+    for axes in grid[max(0, len(measures) - columns) : len(measures)]:
+        axes.set_xlabel("step")
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -197,6 +371,8 @@ def draw_logratios(results: Sequence[Result]) -> Figure:
         for axes, panel in zip(row, titles, strict=True):
             axes.axhline(0, color=MUTED, linewidth=0.8)
             for side, dashes in (("chosen", "-"), ("rejected", (0, (2.5, 1.5)))):
+                if panel == "step" and f"logratios/{side}" not in result.curve:
+                    continue  # it learned from no pairs
                 if panel == "step":
                     x, y = result.curve["step"], result.curve[f"logratios/{side}"]
                 else:
@@ -357,6 +533,9 @@ def draw_curves(results: Sequence[Result]) -> Figure:
     grid = figure.subplots(len(results), len(panels), sharex="col", squeeze=False)
     for row, result in zip(grid, results, strict=True):
         for axes, (column, title) in zip(row, panels.items(), strict=True):
+            if column not in result.curve:
+                axes.axis("off")  # it learned from no pairs
+                continue
             values = result.curve[column]
             start = {"loss": values[0], "rewards/margins": 0.0, "rewards/accuracies": 0.5}[column]
             axes.axhline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))

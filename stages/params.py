@@ -5,8 +5,9 @@ the remedy. What a run may say is its loss's business: `stages.runs`.
 """
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -25,6 +26,7 @@ from pydantic import (
 
 PARAMS = Path("params.yaml")
 MAX_BYTES = 1_000_000
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 OWN_PAIRS = "artefacts/pairs.parquet"  # those of the pipeline
 
@@ -509,9 +511,71 @@ class PretrainFile(Strict):
 
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check everything but the runs' hyperparameters: `stages.runs.bind` does."""
-    tree = read_yaml(path)
+    return params_of(_text_of(path), path)
+
+
+def params_of(text: str, path: Path = PARAMS) -> Params:
+    """What `load_params` would make of a file of this text."""
+    tree = _parsed(text, path)
     _refuse_secrets(tree, [], path)
     return checked(Params, tree, str(path))
+
+
+def with_runs(text: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of params.yaml with these rows after its last run; all else stays as it is written.
+
+    Raises:
+        ValueError: if the runs are written in braces.
+    """
+    root = yaml.compose(text, yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode)
+    (runs,) = (value for key, value in root.value if key.value == "runs")
+    if runs.flow_style:
+        raise ValueError(
+            f"{PARAMS}:{runs.start_mark.line + 1}: runs are written in braces, got '{{'; write "
+            "one run a line"
+        )
+    lines = text.splitlines(keepends=True)
+    end = runs.value[-1][1].end_mark
+    # Of a block it is where the next one begins, past comments that belong to that one.
+    last = end.line if end.column else end.line - 1
+    while not lines[last].strip() or lines[last].lstrip().startswith("#"):
+        last -= 1
+    lines[last] = lines[last].rstrip("\n") + "\n"
+    indent = " " * runs.start_mark.column
+    lines[last + 1 : last + 1] = [f"{indent}{run_line(*item)}\n" for item in rows.items()]
+    return "".join(lines)
+
+
+def run_line(name: str, row: Mapping[str, Any]) -> str:
+    """A run as params.yaml has it, on one line."""
+    return dump_yaml({name: dict(row)}, width=math.inf).strip()
+
+
+def values_of(text: str, where: str) -> list[Any]:
+    """Values with commas between them, each read as params.yaml would read it.
+
+    But 1e-4 is a number, which YAML takes for a word because it has no point.
+
+    Raises:
+        ValueError: if it is no YAML, or a value comes twice.
+    """
+    try:
+        found = [_number(value) for value in yaml.safe_load(f"[{text}]")]
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{where}: not valid YAML, got '{text}'; write values with commas between them"
+        ) from error
+    if not found:
+        raise ValueError(f"{where}: no values, got '{text}'; write them with commas between them")
+    for number, value in enumerate(found):
+        if value in found[:number]:
+            raise ValueError(f"{where}: a value twice, got {value!r}; keep one")
+    return found
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def load_pretrain(path: Path) -> Pretrain:
@@ -520,9 +584,16 @@ def load_pretrain(path: Path) -> Pretrain:
 
 def read_yaml(path: Path) -> Any:
     """Parse a small YAML file, refusing aliases: a few lines of them can expand to gigabytes."""
+    return _parsed(_text_of(path), path)
+
+
+def _text_of(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, got nothing to read; run from the project's root")
-    text = path.read_text()
+    return path.read_text()
+
+
+def _parsed(text: str, path: Path) -> Any:
     if len(text) > MAX_BYTES:
         raise ValueError(f"{path}: too large, got {len(text)} bytes; at most {MAX_BYTES}")
     try:
@@ -574,8 +645,8 @@ def _refuse_secrets(tree: Any, place: list[str], path: Path) -> None:
         )
 
 
-def dump_yaml(tree: Any) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+def dump_yaml(tree: Any, *, width: float = 80) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=width)
 
 
 def checked(schema: type[Model], values: Any, where: str) -> Model:

@@ -32,7 +32,7 @@ from stages.artefacts import (
     samples_of,
     stage,
 )
-from stages.figures import draw, inline
+from stages.figures import LEAST_WATCHED, draw, inline
 from stages.params import Params, dump_yaml, load_params
 from stages.remedies import advice
 from stages.results import (
@@ -54,6 +54,7 @@ from stages.tables import (
     matrices,
     power,
     result_columns,
+    setting_rows,
     signed,
     spans,
     summary,
@@ -100,7 +101,7 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
     figures.mkdir(parents=True)
     (directory / "results.md").write_text(markdown(params, results, columns))
     (directory / "results.txt").write_text(summary(params, results))
-    drawn = draw(figures, params, results, reference)
+    drawn = draw(figures, params, results, reference, comparison)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -123,6 +124,9 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
         power=power(params, results),
         matrices=matrices(params, comparison),
         elo=elo_rows(comparison),
+        frontier=comparison["frontier"],
+        least_watched=LEAST_WATCHED,
+        settings=setting_rows(comparison),
         advice=advice(params, results),
         figures={name: inline(figures / f"{name}.svg", name) for name in drawn},
         samples=shown_samples(params, results, reference),

@@ -16,18 +16,21 @@ from stages.artefacts import (
     card_of,
     curve_of,
     generations_of,
+    looks_of,
     metrics_of,
     read_table,
 )
+from stages.families import specification, sweeps
 from stages.params import Params
 from stages.verdicts import judgements, prompts_of, samples
 
 OPPONENTS = {"sft": "SFT", "gold": "gold"}
-# Mid-tones that a colour-blind eye tells apart (after Okabe and Ito), legible on light and dark.
+# Of objectives: mid-tones that a colour-blind eye tells apart (after Okabe and Ito), legible on
+# light and dark.
 COLOURS = [
     "#0072b2", "#e08e00", "#009e73", "#cc79a7", "#d55e00", "#4fa9dc", "#8a6fc2", "#8f8a2b",
 ]  # fmt: skip
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # coprime to the colours: 56 runs look different
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # of runs
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Result:
         judgements: (prompt, opponent, judge) -> judgement, of the headline.
         texts: prompt -> completion, of the headline.
         generations: prompt -> what the run wrote while it trained, by step.
+        looks: the gold reward and the KL of that, one row a look.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Result:
     judgements: dict[tuple[int, str, str], Judgement]
     texts: dict[int, str]
     generations: dict[int, list[Generation]]
+    looks: list[dict[str, float]]
 
     def rewards(self, opponent: str, judge: str) -> tuple[list[float], list[float]]:
         """The policy's and the opponent's rewards by one judge, a prompt each."""
@@ -100,7 +105,7 @@ def inputs_of(params: Params) -> list[Path]:
     """Files of every run that are there, and cards of judges that were examined."""
     found: list[Path] = []
     for name in params.runs:
-        found += [metrics_of(name), curve_of(name)]
+        found += [metrics_of(name), curve_of(name), looks_of(name)]
         found += [generations_of(name)] if generations_of(name).exists() else []
     cards = [card_of(judge) for judge in params.evaluation.judges]
     return [*found, *(card for card in cards if card.exists())]
@@ -108,33 +113,52 @@ def inputs_of(params: Params) -> list[Path]:
 
 def load_results(params: Params) -> list[Result]:
     prompts = prompts_of(params.evaluation.split)
-    return [_load(name, number, params, prompts) for number, name in enumerate(params.runs)]
+    colours = {
+        name: COLOURS[number % len(COLOURS)]
+        for number, settings in enumerate(sweeps(params.runs).values())
+        for names in settings.values()
+        for name in names
+    }
+    return [
+        _load(name, colours[name], MARKERS[number % len(MARKERS)], params, prompts)
+        for number, name in enumerate(params.runs)
+    ]
 
 
-def _load(name: str, number: int, params: Params, prompts: range) -> Result:
-    row = dict(params.runs[name])
-    loss = row.pop("loss")
+def _load(name: str, colour: str, marker: str, params: Params, prompts: range) -> Result:
     table = judgements(name, prompts)
     keys = zip(table["prompt"], table["opponent"], table["judge"], strict=True)
     columns = [field.name for field in fields(Judgement) if field.name in table]
     values = zip(*(table[column] for column in columns), strict=True)
     written = samples(name, prompts)
-    with open(curve_of(name), newline="") as file:
-        steps = list(csv.DictReader(file))
     return Result(
         name=name,
-        specification=", ".join([str(loss), *(f"{key} {value}" for key, value in row.items())]),
-        colour=COLOURS[number % len(COLOURS)],
-        marker=MARKERS[number % len(MARKERS)],
+        specification=specification(params.runs[name]),
+        colour=colour,
+        marker=marker,
         metrics=json.loads(metrics_of(name).read_text()),
-        curve={column: [float(step[column] or math.nan) for step in steps] for column in steps[0]},
+        curve=_columns(curve_of(name)),
         judgements={
             key: Judgement(**dict(zip(columns, value, strict=True)))
             for key, value in zip(keys, values, strict=True)
         },
         texts=dict(zip(written["prompt"], written["text"], strict=True)),
         generations=_generations(generations_of(name)),
+        looks=_rows(looks_of(name)),
     )
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    with open(path, newline="") as file:
+        return [
+            {column: float(value or math.nan) for column, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _columns(path: Path) -> dict[str, list[float]]:
+    rows = _rows(path)
+    return {column: [row[column] for row in rows] for column in rows[0]}
 
 
 def _generations(path: Path) -> dict[int, list[Generation]]:

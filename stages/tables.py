@@ -212,6 +212,17 @@ def elo_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every objective at every strength where it stands; nothing if no objective was swept."""
+    frontier = comparison["frontier"]
+    return [
+        {"objective": objective, "strength": strength, **place}
+        for objective, settings in frontier["places"].items()
+        for strength, place in settings.items()
+        if frontier["curves"]
+    ]
+
+
 def agreements(params: Params, results: Sequence[Result]) -> list[dict[str, Any]]:
     """How often each two judges give the same verdict, runs and opponents pooled.
 

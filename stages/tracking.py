@@ -100,7 +100,13 @@ def track(
         journal.close()
 
 
-def track_evaluation(run: str, *, recipe: str, metrics: dict[str, float]) -> None:
+def track_evaluation(
+    run: str,
+    *,
+    recipe: str,
+    metrics: dict[str, float],
+    by_step: Sequence[tuple[int, dict[str, float]]] = (),
+) -> None:
     """Journal a run's evaluation, for the MLflow run of the training that it evaluates."""
     journal = Journal(run)
     journal.write(
@@ -110,9 +116,29 @@ def track_evaluation(run: str, *, recipe: str, metrics: dict[str, float]) -> Non
             "recipe": recipe,
             "logratios": digest(logratios_of(run)),
             "metrics": metrics,
+            "by_step": by_step,
             "tags": _provenance(),
         }
     )
+    journal.write({"end": "FINISHED"})
+    journal.close()
+
+
+def track_comparison(*, recipe: str, metrics: dict[str, float], files: dict[str, str]) -> None:
+    """Journal what runs are together: an MLflow run of its own, with small text files."""
+    journal = Journal("comparison")
+    journal.write(
+        {
+            "kind": "comparison",
+            "run": "comparison",
+            "recipe": recipe,
+            "params": {},
+            "datasets": {},
+            "tags": _provenance(),
+            "files": files,
+        }
+    )
+    journal.write({"step": 0, "metrics": metrics})
     journal.write({"end": "FINISHED"})
     journal.close()
 
@@ -244,6 +270,8 @@ def _deliver(client: "MlflowClient", path: Path) -> bool:
         _deliver_evaluation(client, head)
         return True
     run = _find(client, head["recipe"], "prefopt.journal", path.stem) or _create(client, path, head)
+    for name, text in head.get("files", {}).items():
+        client.log_text(run.info.run_id, text, name)
     _log_metrics(client, run.info.run_id, rest)
     end = next((event for event in rest if "end" in event), None)
     if end is None and alive:
@@ -304,7 +332,11 @@ def _deliver_evaluation(client: "MlflowClient", head: Event) -> None:
         experiment = _experiment(client, head["recipe"])
         run = client.create_run(experiment, start_time=head["time"], tags=tags)
         client.set_terminated(run.info.run_id, end_time=head["time"])
-    _log_metrics(client, run.info.run_id, [{**head, "step": 0}])
+    later = [
+        {"time": head["time"], "step": step, "metrics": metrics}
+        for step, metrics in head.get("by_step", [])
+    ]
+    _log_metrics(client, run.info.run_id, [{**head, "step": 0}, *later])
 
 
 def _log_metrics(client: "MlflowClient", run_id: str, events: list[Event]) -> None:

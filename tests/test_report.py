@@ -25,6 +25,7 @@ from prefopt.losses import LOSSES
 from stages import compare, evaluate, judge, report, tracking, verdicts
 from stages.artefacts import (
     COMPARISON,
+    FRONTIER,
     GENERATIONS_SCHEMA,
     JUDGEMENTS_SCHEMA,
     LOGRATIOS_SCHEMA,
@@ -39,14 +40,17 @@ from stages.artefacts import (
     generations_of,
     judgements_of,
     logratios_of,
+    looks_of,
     metrics_of,
     read_table,
     samples_of,
     write_table,
 )
+from stages.figures import LEAST_WATCHED
 from stages.params import Params, load_params
 from stages.remedies import READS, YOURS, advice
 from stages.results import Result
+from stages.rewards import Text, load_reward
 
 EOS = 1
 NUM_TEST, NUM_SHIFTED = 30, 20
@@ -62,11 +66,12 @@ HOSTILE = [
 RUNS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "dpo", "beta": 0.1},
     "ipo": {"loss": "ipo", "tau": 0.1},
+    "ipo_weak": {"loss": "ipo", "tau": 0.5},
     "squared": {"loss": "f_dpo", "beta": 0.1, "divergence": "squared_log"},
 }
 # How often a policy praises, and how far its log-ratios moved.
-QUALITY = {"sft": 0.5, "dpo": 0.95, "ipo": 0.6, "squared": 0.55}
-MOVED = {"dpo": -4.0, "ipo": 0.5, "squared": 0.2}
+QUALITY = {"sft": 0.5, "dpo": 0.95, "ipo": 0.6, "ipo_weak": 0.5, "squared": 0.55}
+MOVED = {"dpo": -4.0, "ipo": 0.5, "ipo_weak": 0.1, "squared": 0.2}
 
 
 def build(runs: dict[str, dict[str, Any]], *, rounds: int, rich: bool) -> None:
@@ -77,7 +82,7 @@ def build(runs: dict[str, dict[str, Any]], *, rounds: int, rich: bool) -> None:
     if not rich:
         params["evaluation"]["judges"] = ["vader"]
     Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for folder in ("samples", "judgements", "curves", "logratios", "generations", "cards"):
+    for folder in ("samples", "judgements", "curves", "logratios", "generations", "cards", "looks"):
         Path("artefacts", folder).mkdir(parents=True, exist_ok=True)
     write_prompts(NUM_SHIFTED if rich else 0)
     for name in ("sft", *runs):
@@ -159,7 +164,12 @@ def write_training(name: str, *, rich: bool) -> None:
     write_table(logratios_of(name), columns, LOGRATIOS_SCHEMA)
     names = ["loss", "rewards/margins", "rewards/accuracies"]
     sides = ["logratios/chosen", "logratios/rejected"]
+    if rich and name == "squared":  # as if it had learned from its own samples and no pairs
+        names, sides = ["loss"], []
     watched = [f"validation/{column}" for column in names] if rich else []
+    # What a run that learns from its own samples measures, now and then.
+    measured = ["target/js", "samples/self_bleu", "moments/acting"] if name == "squared" else []
+    watched += measured if rich else []
     with open(curve_of(name), "w", newline="") as file:
         writer = csv.DictWriter(file, ["step", *names, *sides, *watched])
         writer.writeheader()
@@ -167,11 +177,11 @@ def write_training(name: str, *, rich: bool) -> None:
             values: dict[str, Any] = {column: source.random() for column in [*names, *sides]}
             looked = {column: source.random() if step % 2 else "" for column in watched}
             writer.writerow({"step": step, **values, **looked})
-    if rich:
-        rows = [(step, prompt, 7, HOSTILE[0], [3, EOS], -3.0, -4.0, 0.5)
-                for step in (0, 5) for prompt in (0, 1)]  # fmt: skip
-        table = dict(zip(GENERATIONS_SCHEMA.names, map(list, zip(*rows, strict=True)), strict=True))
-        write_table(generations_of(name), table, GENERATIONS_SCHEMA)
+    rows = [(step, prompt, 7, HOSTILE[0], [3, EOS], -3.0, -4.0, 0.5)
+            for step in (0, 5) for prompt in (0, 1) for _ in range(LEAST_WATCHED // 2)
+            if rich]  # fmt: skip
+    table = {name: [row[i] for row in rows] for i, name in enumerate(GENERATIONS_SCHEMA.names)}
+    write_table(generations_of(name), table, GENERATIONS_SCHEMA)
 
 
 WORDS = ["policy_first", "opponent_first", "policy_first_reply", "opponent_first_reply"]
@@ -292,6 +302,9 @@ def test_every_table_is_named_and_its_headings_have_a_scope(page: str) -> None:
 def test_what_is_there_only_at_times_is_shown_when_it_is_there(page: str) -> None:
     for shown in (
         'id="revisions"',
+        "Reward within a budget of KL",
+        "a line goes from look to look",
+        "What the policies' own samples say",
         "What they wrote on the way",
         "textblob's words, against SFT",
         "this run shown first",
@@ -310,9 +323,13 @@ def test_a_plain_comparison_has_no_trace_of_what_is_not_there(
     build({"dpo": RUNS["dpo"]}, rounds=0, rich=False)
     page = (REPORT / "index.html").read_text()
     assert "revisions" not in json.loads(metrics_of("dpo").read_text())
-    assert not (REPORT / "figures" / "revisions.svg").exists()
+    drawn = {path.stem for path in (REPORT / "figures").iterdir()}
+    assert drawn == {"win_rates", "reward_kl", "length", "displacement", "logratios", "curves"}
     for absent in (
         'id="revisions"',
+        "budget of KL",
+        "from look to look",
+        "own samples say",
         "on the way",
         "Run against run",
         "validation pairs",
@@ -321,6 +338,48 @@ def test_a_plain_comparison_has_no_trace_of_what_is_not_there(
         assert absent not in page
     assert "No verdict is missing." in page
     assert "There is one judge and no report card of it" in page
+
+
+def test_settings_of_one_objective_are_one_frontier_and_others_are_points(rich: Path) -> None:
+    found = json.loads((rich / COMPARISON).read_text())["frontier"]
+    assert {objective: list(settings) for objective, settings in found["places"].items()} == {
+        "dpo": ["beta 0.1"],
+        "ipo": ["tau 0.1", "tau 0.5"],
+        "f_dpo, divergence squared_log": ["beta 0.1"],
+    }
+    assert (list(found["curves"]), found["pairs"]) == (["ipo"], [])
+    with contextlib.chdir(rich):
+        metrics = json.loads(metrics_of("dpo").read_text())
+        (place,) = found["places"]["dpo"].values()
+        for key in ("kl", "reward"):
+            assert place[key]["value"] == pytest.approx(metrics[key], abs=2e-6)
+        rate = metrics["win_rate"]["sft"]["vader"]
+        assert {key: place["win_rate"][key] for key in ("value", "low", "high")} == {
+            key: rate[key] for key in ("value", "low", "high")
+        }
+        with open(FRONTIER, newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["objective"], row["strength"]) for row in rows] == [
+            (objective, strength)
+            for objective, settings in found["places"].items()
+            for strength in settings
+        ]
+        with open(looks_of("ipo"), newline="") as file:
+            looks = list(csv.DictReader(file))
+        praise = load_reward(load_params(), "vader")
+    said = praise([Text(f"prompt {prompt} {HOSTILE[prompt]}", HOSTILE[0]) for prompt in (0, 1)])
+    assert [row["step"] for row in looks] == ["0", "5"]
+    assert float(looks[0]["reward"]) == pytest.approx(sum(said) / 2, abs=2e-6)
+    assert float(looks[0]["kl"]) == 0.5
+
+
+def test_measures_are_drawn_of_the_runs_that_have_them(rich: Path, page: str) -> None:
+    figure = (rich / REPORT / "figures" / "measures.svg").read_text()
+    told = re.findall("<title>(.*?)</title>", figure)
+    assert [words.rsplit(":", 1)[0] for words in told] == [
+        f"squared, {title} after step 5"
+        for title in ("Jensen-Shannon to the target, nats", "Self-BLEU", "E[acting]")
+    ]
 
 
 def test_the_first_sentence_claims_what_the_paired_comparisons_show(rich: Path, page: str) -> None:
@@ -404,7 +463,7 @@ def with_findings(levels: dict[str, str], remedies: list[str]) -> list[Result]:
     return [
         Result(
             name=name, specification="", colour="", marker="", curve={}, judgements={}, texts={},
-            generations={},
+            generations={}, looks=[],
             metrics={
                 "findings": [
                     {

@@ -16,7 +16,7 @@ from prefopt.statistics.intervals import Estimate, cells, points, squared_half_w
 from prefopt.statistics.length import length_controlled
 from prefopt.statistics.power import Design, detectable_effect, prompts_needed, variance
 from prefopt.statistics.ratings import Games, ratings
-from stages.compare import families
+from stages.families import families
 
 NO_DIFFERENCE = "no significant difference"
 

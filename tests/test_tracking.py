@@ -20,7 +20,14 @@ from stages import tracking
 from stages.artefacts import LOGRATIOS_SCHEMA, digest, logratios_of, write_table
 from stages.params import load_params
 from stages.runs import bind
-from stages.tracking import DELIVERED, JOURNALS, deliver_all, track, track_evaluation
+from stages.tracking import (
+    DELIVERED,
+    JOURNALS,
+    deliver_all,
+    track,
+    track_comparison,
+    track_evaluation,
+)
 from stages.train import pair_metrics
 
 LOGRATIOS = {f"logratios/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
@@ -308,3 +315,19 @@ def test_a_curve_has_the_columns_of_looks_from_its_head_on(workplace: Path) -> N
     assert Path("c.csv").read_text() == (
         "step,loss,validation/loss\n0,0.5,\n1,0.5,0.75\n2,0.5,\n3,0.5,0.75\n"
     )
+
+
+def test_what_was_found_by_step_and_of_all_runs_together_is_delivered(client: MlflowClient) -> None:
+    write_logratios()
+    track_evaluation("dpo", recipe="r", metrics={"kl": 0.5}, by_step=[(9, {"looks/reward": 0.1})])
+    track_comparison(recipe="r", metrics={"frontier/dpo/gain": 0.2}, files={"frontier.csv": "kl\n"})
+    deliver_all()
+    together, run = runs_of(client)
+    (look,) = client.get_metric_history(run.info.run_id, "looks/reward")
+    assert (look.step, look.value) == (9, 0.1)
+    assert (together.info.run_name, together.data.metrics) == (
+        "comparison",
+        {"frontier/dpo/gain": 0.2},
+    )
+    path = client.download_artifacts(together.info.run_id, "frontier.csv")
+    assert Path(path).read_text() == "kl\n"
