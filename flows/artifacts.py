@@ -112,7 +112,8 @@ def _follow(stage: str, root: Path, ended: threading.Event) -> None:
     """Show what the stage says of its progress, until the end."""
     key = "progress-" + re.sub(r"[^a-z0-9]+", "-", stage.lower())
     path = root / PROGRESS / f"{stage}.json"
-    artifact = shown = None
+    artifact: Any = None
+    shown = ""
     while not ended.wait(POLL_SECONDS):
         try:
             said = json.loads(path.read_text())

@@ -5,6 +5,8 @@ even if the machine that ran the flow is gone.
 """
 
 import os
+from contextlib import suppress
+from typing import Any
 
 from flows.server import QUIET
 
@@ -32,9 +34,15 @@ def notify() -> str:
     from prefect.blocks.webhook import Webhook
     from prefect.events.actions import CallWebhook
     from prefect.events.schemas.automations import EventTrigger, Posture
+    from prefect.types import SecretDict
+    from pydantic import SecretStr
 
     # An address may be a secret itself: Prefect keeps it encrypted.
-    webhook = Webhook(url=SecretStr(os.environ[ADDRESS])).save(NAME, overwrite=True)
+    webhook: Any = Webhook(
+        url=SecretStr(os.environ[ADDRESS]),
+        headers=SecretDict({"Content-Type": "application/json"}),
+    ).save(NAME, overwrite=True)
+    actions: list[Any] = [CallWebhook(block_document_id=webhook, payload=MESSAGE)]
     automation = Automation(
         name=NAME,
         description="Tell a webhook of every run of prefopt's flows that ends badly",
@@ -44,11 +52,12 @@ def notify() -> str:
             posture=Posture.Reactive,
             threshold=1,
         ),
-        actions=[CallWebhook(block_document_id=webhook, payload=MESSAGE)],
+        actions=actions,
     )
-    try:
-        Automation.read(name=NAME).delete()
-    except ValueError:
-        pass  # There was none.
+    with suppress(ValueError):  # There was none.
+        former: Any = Automation.read(name=NAME)
+        former.delete()
     automation.create()
-    return f"automation '{NAME}': failed and crashed runs of flows prefopt-* are told to the webhook"
+    return (
+        f"automation '{NAME}': failed and crashed runs of flows prefopt-* are told to the webhook"
+    )

@@ -47,8 +47,12 @@ def serve(server: str, host: str, port: int | None) -> NoReturn:
     if server not in PORTS:
         raise ValueError(f"serve: no such server, got '{server}'; {' or '.join(PORTS)}")
     settings = dict(os.environ) | read_secrets(os.environ) | QUIET
-    address = ["--host", host, "--port", str(port or PORTS[server])]
+    number = str(port or PORTS[server])
+    address = ["--host", host, "--port", number]
     if server == "prefect":
+        # What notifications link to; elsewhere than on the loopback people know its name, not we.
+        if _is_loopback(host):
+            settings.setdefault("PREFECT_UI_URL", f"http://{host}:{number}")
         arguments, settings = ["server", "start"], _prefect(settings, host)
     else:
         # One process is enough for metrics that arrive in batches.
@@ -88,7 +92,7 @@ def _prefect(settings: dict[str, str], host: str) -> dict[str, str]:
         _refuse_strangers(host, PREFECT_AUTH, "USER:PASSWORD")
         return settings
     _check_password(PREFECT_AUTH, given.partition(":")[2])
-    return settings | {"PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true"}
+    return settings
 
 
 def _mlflow(settings: dict[str, str], host: str) -> dict[str, str]:
@@ -111,24 +115,24 @@ def _mlflow(settings: dict[str, str], host: str) -> dict[str, str]:
 
 
 def _refuse_strangers(host: str, secret: str, form: str) -> None:
-    if host == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not _is_loopback(host):
         raise ValueError(
             f"--host: others could reach it without a password, got '{host}'; set {secret} to "
             f"{form} (or {secret}_FILE to a file of it), or stay on 127.0.0.1"
         )
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _check_password(name: str, password: str) -> None:
     if len(password) < MIN_PASSWORD:
         raise ValueError(
-            f"{name}: too short a password, got {len(password)} characters; "
-            f"{MIN_PASSWORD} or more"
+            f"{name}: too short a password, got {len(password)} characters; {MIN_PASSWORD} or more"
         )
 
 

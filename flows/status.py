@@ -12,7 +12,6 @@ import os
 import re
 import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,10 +30,11 @@ READ = {
 }
 LEFT = {
     "modified": "{} changed by hand",
-    "new": "it has not run yet",
+    "new": "{} not in dvc.lock",
     "deleted": "{} missing",
     "not in cache": "its outputs are not in DVC's cache",
 }
+NEVER = "it has not run yet"
 RESTORED = ("deleted", "modified")
 
 
@@ -117,22 +117,24 @@ def read_stale(running: set[str]) -> Stale:
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.stage import Stage
 
+    # Beneath its decorator, which would wait for, or fail at, the stages that run.
+    status: Any = vars(Stage)["status"].__wrapped__
     changes: dict[str, list[Any]] = {}
     sources: dict[str, set[str]] = {}
     made: dict[str, set[str]] = {}  # what stages read, and which stages it comes from
     try:
         with Repo(".") as repo:
-            stages = {stage.addressing: stage for stage in repo.index.stages}
+            stages: dict[str, Any] = {stage.addressing: stage for stage in repo.index.stages}
             makers = {str(out): name for name, stage in stages.items() for out in stage.outs}
             for name, stage in stages.items():
                 read = {str(dep) for dep in stage.deps}
                 made |= {path: _makers(path, makers) for path in read - set(made)}
                 sources[name] = set[str]().union(*(made[path] for path in read))
                 if name not in running:
-                    # Beneath its decorator, which would wait for, or fail at, the stages that run.
-                    status = type(stage).status.__wrapped__
-                    changes[name] = status(stage).get(name, [])
+                    known = stage.name in stage.dvcfile.lockfile_contents.get("stages", {})
+                    changes[name] = status(stage).get(name, []) if known else [NEVER]
     except (DvcException, OSError) as error:
         raise ValueError(
             f"status: DVC cannot read this workspace, got {error}; stand where dvc.yaml is"
@@ -177,7 +179,9 @@ def _in_words(changes: list[Any], behind: set[str]) -> list[str]:
     """What DVC says of a stage, as reasons a person can read; of paths `behind`, nothing."""
     found: list[str] = []
     for change in changes:
-        if isinstance(change, str):
+        if change == NEVER:
+            found.append(NEVER)
+        elif isinstance(change, str):
             command = change in ("changed command", "changed checksum")
             found.append("its command changed" if command else "it always runs")
         elif "changed deps" in change:

@@ -10,9 +10,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from conftest import PROJECT
 
@@ -41,10 +43,8 @@ def process(
 
 def end(started: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
     """Signal a whole session, and wait for its leader."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(started.pid, number)
-    except ProcessLookupError:
-        pass
     try:
         started.wait(15)
     except subprocess.TimeoutExpired:
@@ -66,10 +66,19 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(PROJECT), "DO_NOT_TRACK": "true", **more}
 
 
+def wait_until(condition: Callable[[], Any], seconds: float = 180) -> Any:
+    """Wait for something true, and give it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.2)
+    return found
+
+
 def await_answer(url: str, started: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until a server answers, with whatever."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and started.poll() is None:
         try:
             opener.open(url, timeout=5).close()
@@ -102,7 +111,7 @@ def postgres() -> Iterator[str]:
         with process(command, cwd=home, log=log, **user):
             for name in ("prefect", "mlflow"):
                 _create_database(name, port)
-            yield f"team:{escaped(PASSWORD)}@127.0.0.1:{port}"
+            yield f"team:{quote(PASSWORD, safe='')}@127.0.0.1:{port}"
     finally:
         shutil.rmtree(home)
 
@@ -115,12 +124,6 @@ def programs_of_postgres() -> Path:
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     assert versions, "PostgreSQL's server is not installed: `apt-get install postgresql`"
     return versions[-1]
-
-
-def escaped(password: str) -> str:
-    from urllib.parse import quote
-
-    return quote(password, safe="")
 
 
 def _create_database(name: str, port: str) -> None:
