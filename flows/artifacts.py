@@ -24,6 +24,7 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.runtime import flow_run, task_run
+from prefect.utilities.urls import url_for
 
 from flows.supervise import Supervisor
 
@@ -39,13 +40,10 @@ UNREACHABLE = (httpx.HTTPError, PrefectHTTPStatusError)
 
 def identity() -> dict[str, str]:
     """What the stage of this task is told of it, for the tags of its run in MLflow."""
-    names = {
-        "PREFOPT_FLOW_RUN_ID": flow_run.id,
-        "PREFOPT_FLOW_RUN_URL": flow_run.ui_url,
-        "PREFOPT_TASK_RUN_ID": task_run.id,
-        "PREFOPT_TASK_RUN_URL": task_run.ui_url,
-    }
-    return {name: str(value) for name, value in names.items() if value}
+    ids = {"flow": str(flow_run.id), "task": str(task_run.id)}
+    urls = {kind: url_for(f"{kind}-run", name) for kind, name in ids.items()}
+    told = {f"PREFOPT_{kind.upper()}_RUN_ID": name for kind, name in ids.items()}
+    return told | {f"PREFOPT_{kind.upper()}_RUN_URL": url for kind, url in urls.items() if url}
 
 
 @contextmanager

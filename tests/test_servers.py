@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import services
+import yaml
+from conftest import PROJECT
 from services import environment, python, wait_until
 
 # Every secret has this word in it.
@@ -165,7 +167,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         team = Team(home, database, s3, ports)
         for server in ports:
             team.start(server)
-            running.callback(lambda name: services.end(team.started[name]), server)
+            running.callback(lambda name: services.end(team.started[name], signal.SIGKILL), server)
         for server in ports:
             team.wait(server)
         yield team
@@ -220,7 +222,8 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(team: Team, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    project = tmp_path_factory.mktemp("project")
+    project = tmp_path_factory.mktemp("outcome") / "project"
+    project.mkdir()
     (project / "dvc.yaml").write_text(DVC_YAML)
     (project / "train.py").write_text(TRAIN)
     (project / ".gitignore").write_text(".prefopt/\n")
@@ -329,6 +332,8 @@ def test_no_secret_is_in_what_a_run_leaves(team: Team, outcome: Outcome) -> None
     files = [path for path in outcome.project.parent.rglob("*") if path.is_file()]
     files += [team.log("prefect"), team.log("mlflow")]
     assert len(files) > 10
+    # MLflow's own file has the address of its database, for nobody else to read.
+    assert (team.home / ".prefopt/mlflow/basic_auth.ini").stat().st_mode & 0o777 == 0o600
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
     assert CANARY not in outcome.said
     for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -440,3 +445,16 @@ def test_wrong_settings_are_refused_without_telling_the_secret(
     assert refusal in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     assert CANARY not in refused.stderr
+
+
+def test_the_compose_file_has_no_secret_and_publishes_on_the_loopback_alone() -> None:
+    compose = yaml.safe_load((PROJECT / "compose.yaml").read_text())
+    published = [port for one in compose["services"].values() for port in one.get("ports", [])]
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published)
+    for one in compose["services"].values():
+        for name, value in one.get("environment", {}).items():
+            secret = any(word in name for word in ("PASSWORD", "AUTH", "URI", "URL", "KEY"))
+            assert not secret or value.startswith(("/run/secrets/", "${"))
+    for secret in compose["secrets"].values():
+        assert set(secret) == {"file"}
