@@ -34,14 +34,10 @@ def notify() -> str:
     from prefect.blocks.webhook import Webhook
     from prefect.events.actions import CallWebhook
     from prefect.events.schemas.automations import EventTrigger, Posture
-    from prefect.types import SecretDict
-    from pydantic import SecretStr
 
     # An address may be a secret itself: Prefect keeps it encrypted.
-    webhook: Any = Webhook(
-        url=SecretStr(os.environ[ADDRESS]),
-        headers=SecretDict({"Content-Type": "application/json"}),
-    ).save(NAME, overwrite=True)
+    address = {"url": os.environ[ADDRESS], "headers": {"Content-Type": "application/json"}}
+    webhook: Any = Webhook.model_validate(address).save(NAME, overwrite=True)
     actions: list[Any] = [CallWebhook(block_document_id=webhook, payload=MESSAGE)]
     automation = Automation(
         name=NAME,

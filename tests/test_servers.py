@@ -455,6 +455,6 @@ def test_the_compose_file_has_no_secret_and_publishes_on_the_loopback_alone() ->
     for one in compose["services"].values():
         for name, value in one.get("environment", {}).items():
             secret = any(word in name for word in ("PASSWORD", "AUTH", "URI", "URL", "KEY"))
-            assert not secret or value.startswith(("/run/secrets/", "${"))
+            assert not secret or value is None or value.startswith(("/run/secrets/", "${"))
     for secret in compose["secrets"].values():
         assert set(secret) == {"file"}
