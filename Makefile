@@ -15,7 +15,7 @@ repro: $(VENV)/ready recipe-packages  ## the whole pipeline, what is out of date
 flow: $(VENV)/ready  ## the same graph as a Prefect flow
 	@$(BIN)/python -m flows.pipeline
 
-test: $(VENV)/oracle  ## the tests
+test: $(VENV)/oracle $(VENV)/servers  ## the tests
 	@$(BIN)/python -m pytest
 
 benchmark: $(VENV)/oracle  ## a step beside TRL's, sampling beside generate, and benchmarks/README.md
@@ -56,6 +56,11 @@ $(VENV)/ready: requirements.lock pyproject.toml
 # TRL, which tests and `prefopt verify-losses` compare with; the product runs without it.
 $(VENV)/oracle: $(VENV)/ready tests/oracle.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracle.lock
+	touch $@
+
+# A server that speaks S3, and what the servers of a team need: tests start them.
+$(VENV)/servers: $(VENV)/ready servers.lock tests/servers.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/servers.lock
 	touch $@
 
 .PHONY: recipe-packages

@@ -192,6 +192,36 @@ def judges() -> None:
     typer.echo(_or_exit(estimates))
 
 
+@app.command()
+def serve(
+    server: Annotated[str, typer.Argument(help="prefect or mlflow", metavar="SERVER")],
+    host: Annotated[str, typer.Option(help="wider than the loopback only with a password")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="else 4200 or 5000")] = None,
+) -> None:
+    """Become the Prefect or the MLflow server of a team, with its settings from the environment."""
+    from flows.serve import serve
+
+    _or_exit(lambda: serve(server, host, port))
+
+
+@app.command()
+def notify() -> None:
+    """Have Prefect tell the webhook of PREFOPT_WEBHOOK_URL of every flow's run that ends badly."""
+    from flows.notify import notify
+
+    typer.echo(_or_exit(notify))
+
+
+@app.command()
+def status() -> None:
+    """Say what is up to date, running, failed or stale, why, and which command repairs it."""
+    from flows.status import report
+
+    typer.echo(_or_exit(report))
+
+
 def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)

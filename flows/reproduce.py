@@ -18,6 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 
+from flows.artifacts import identity, progress, publish
 from flows.graph import Plan, read_plan, restore_order
 from flows.supervise import Supervisor
 
@@ -45,6 +46,7 @@ def reproduce(concurrency: int = 2) -> State[None]:
     try:
         with Supervisor() as supervisor:
             done, failed = _run_outdated(plan, concurrency, supervisor)
+            publish(Path(), supervisor, stage_environment(str(flow_run.id)), whole=not failed)
     finally:
         restore_order(plan)
     if not failed:
@@ -111,7 +113,8 @@ def reproduce_stage(name: str, environment: dict[str, str], supervisor: Supervis
 
     # A global flag: without it, a lock that is busy when a training ends loses the training.
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    status = supervisor.run(command, environment, hear)
+    with progress(name, Path()):
+        status = supervisor.run(command, environment | identity(), hear)
     if status == 0:
         return
     if any(sign in line for line in said for sign in BUSY):

@@ -31,13 +31,15 @@ QUIET = {
 def connected() -> Generator[str, None, None]:
     """Speak to the server of PREFECT_API_URL or the profile, else to our own; gives its URL."""
     os.environ.update(QUIET)  # Prefect reads it when it is imported.
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
     configured = PREFECT_API_URL.value()
     if configured:
         yield configured
         return
-    with own_server(HOME) as url, temporary_settings({PREFECT_API_URL: url}):
+    # Links lead to where its records are seen later: `PREFECT_HOME=... prefopt serve prefect`.
+    later = {PREFECT_UI_URL: "http://127.0.0.1:4200"}
+    with own_server(HOME) as url, temporary_settings({PREFECT_API_URL: url, **later}):
         try:
             yield url
         finally:

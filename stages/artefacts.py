@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -389,6 +390,10 @@ def program(main: Callable[[], None]) -> None:
     try:
         main()
     except ValueError as error:
+        # Before a stage holds its lock, DVC alone says which stage it is.
+        if is_first() and "DVC_STAGE" in os.environ:
+            with suppress(BlockingIOError), _locked(os.environ["DVC_STAGE"]) as record:
+                record(_failure(error))
         raised_in = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
         if not Path(raised_in).is_relative_to(Path(__file__).parents[1]) or (
             "site-packages" in raised_in
@@ -435,16 +440,46 @@ def _fingerprint(paths: Sequence[Path], params: Any) -> str:
 
 @contextmanager
 def _held(name: str) -> Generator[None, None, None]:
-    locks = WORK / "locks"
-    locks.mkdir(exist_ok=True)
-    with open(locks / name.replace("@", "-"), "w") as file:
+    """Hold a stage's lock; its file says who holds it, and in the end nothing, or what went wrong.
+
+    So `prefopt status` can tell a stage that runs, one that failed, and one that was killed.
+    """
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            record = held.enter_context(_locked(name))
         except BlockingIOError:
             raise ValueError(
                 f"stage '{name}': another process runs it, got a held lock; wait for it or end it"
             ) from None
-        yield
+        record({"pid": os.getpid(), "host": socket.gethostname()})
+        try:
+            yield
+        except BaseException as error:
+            record(_failure(error))
+            raise
+        record({})
+
+
+@contextmanager
+def _locked(name: str) -> Generator[Callable[[dict[str, Any]], None], None, None]:
+    """Take a stage's lock or raise BlockingIOError; gives what writes its file anew."""
+    path = WORK / "locks" / name.replace("@", "-")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        def record(said: dict[str, Any]) -> None:
+            file.truncate(0)
+            if said:
+                file.write(json.dumps({"stage": name, "time": int(time.time()), **said}))
+            file.flush()
+
+        yield record
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return {"error": what[:1000]}
 
 
 def _publish(partial: Path, output: Path) -> None:

@@ -11,6 +11,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,10 @@ DELIVERED = JOURNALS / "delivered"
 DEFAULT_URI = "sqlite:///mlflow.db"
 BATCH = 1000  # metrics a call, MLflow's maximum
 SECONDS_BETWEEN_DELIVERIES = 5.0
+SECONDS_BETWEEN_TELLING = 1.0
+PROGRESS = WORK / "progress"
+# Of each training that was delivered whole: the flow's run that made it, and MLflow's of it.
+LINKS = WORK / "mlflow.jsonl"
 
 # Short, because what fails now is delivered by the next command; quiet, and silent to the outside.
 ENVIRONMENT = {
@@ -146,6 +151,8 @@ def track_comparison(*, recipe: str, metrics: dict[str, float], files: dict[str,
 class Curve(AbstractContextManager["Curve"]):
     """A training's metrics by step: a CSV file, a progress bar, and the journal if there is one.
 
+    How far it has come is in a file of `.prefopt/progress` as long as it is under way.
+
     Rates are of the machine and of the hour. They go to the bar and to MLflow's system metrics,
     and never into the file, which is the same in every run.
     """
@@ -158,6 +165,9 @@ class Curve(AbstractContextManager["Curve"]):
         self._rows: list[dict[str, float]] = []
         self._journal = journal
         self._bar = tqdm(total=num_steps, desc=name, unit="step", mininterval=5)
+        self._progress = PROGRESS / f"{name}.json"
+        self._num_steps = num_steps
+        self._told = -SECONDS_BETWEEN_TELLING
 
     def log(self, metrics: dict[str, float], rates: dict[str, float] | None = None) -> None:
         """Write a step down.
@@ -181,6 +191,9 @@ class Curve(AbstractContextManager["Curve"]):
             values = {key: value for key, value in metrics.items() if key != "step"}
             values |= {f"system/{name}": rate for name, rate in (rates or {}).items()}
             self._journal.write({"step": step, "metrics": values})
+        if is_first() and time.monotonic() - self._told >= SECONDS_BETWEEN_TELLING:
+            self._told = time.monotonic()
+            self._tell()
         if rates is None:
             # The time left is reckoned from steps that were computed here.
             self._bar.initial = self._bar.last_print_n = self._bar.n = self._bar.n + 1
@@ -191,6 +204,13 @@ class Curve(AbstractContextManager["Curve"]):
             refresh=False,
         )
         self._bar.update()
+
+    def _tell(self) -> None:
+        PROGRESS.mkdir(parents=True, exist_ok=True)
+        told = {"step": len(self._rows), "steps": self._num_steps}
+        whole = self._progress.with_suffix(".new")
+        whole.write_text(json.dumps(told))
+        whole.replace(self._progress)
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(self._file, self._columns, lineterminator="\n")
@@ -205,6 +225,8 @@ class Curve(AbstractContextManager["Curve"]):
     ) -> None:
         self._bar.close()
         self._file.close()
+        if is_first():
+            self._progress.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -226,7 +248,10 @@ def main() -> None:
 
 
 def deliver_all() -> int:
-    """Deliver what the journals hold; returns how many are still being written."""
+    """Deliver what the journals hold; returns how many are still being written.
+
+    What MLflow does not take stays where it is, for the next time.
+    """
     pending = sorted(JOURNALS.glob("*.jsonl"))
     if not pending:
         return 0
@@ -245,10 +270,10 @@ def deliver_all() -> int:
             ended = _deliver(client, path)
         except (MlflowException, OSError) as error:
             sys.stderr.write(
-                f"tracking: {path.name} was not delivered, got {error}; "
+                f"tracking: {path.name} was not delivered, got {_without_secrets(str(error))}; "
                 "`python -m stages.tracking` tries again\n"
             )
-            return 0
+            return sum(map(_is_locked, pending))
         if ended:
             DELIVERED.mkdir(exist_ok=True)
             path.rename(DELIVERED / path.name)
@@ -286,7 +311,26 @@ def _deliver(client: "MlflowClient", path: Path) -> bool:
     status = "FAILED" if end is None else end["end"]
     last = events[-1]["time"]
     client.set_terminated(run.info.run_id, status=status, end_time=last)
+    _write_link(run, head)
     return True
+
+
+def _write_link(run: "Run", head: Event) -> None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)
+    where = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    link = {
+        "run": head["run"],
+        "flow_run": head["tags"]["prefect.flow_run_id"],
+        "mlflow_run": run.info.run_id,
+        "url": _without_secrets(uri.rstrip("/")) + where if uri.startswith("http") else None,
+    }
+    with open(LINKS, "a") as file:
+        file.write(json.dumps(link) + "\n")
+
+
+def _without_secrets(text: str) -> str:
+    """Without the user and the password that an address may hold."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def _create(client: "MlflowClient", path: Path, head: Event) -> "Run":
@@ -397,7 +441,12 @@ def _provenance() -> dict[str, str]:
         capture_output=True,
         text=True,
     )
-    return {
+    flow = {
+        f"prefect.{name}": os.environ[f"PREFOPT_{name.upper()}"]
+        for name in ("flow_run_url", "task_run_id", "task_run_url")
+        if f"PREFOPT_{name.upper()}" in os.environ
+    }
+    return flow | {
         "git.commit": commit.stdout.strip() or "none",
         "git.dirty": str(bool(status.stdout.strip())).lower(),
         "dvc.stage": os.environ.get("DVC_STAGE", "none"),

@@ -197,6 +197,36 @@ def test_an_unreachable_mlflow_keeps_the_journal_for_a_later_delivery(
     assert [run.info.status for run in runs_of(client)] == ["FINISHED"]
 
 
+def test_a_courier_stays_while_a_training_goes_on_that_it_cannot_deliver(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with track("dpo", **HEAD) as journal, monkeypatch.context() as unreachable:
+        journal.write({"step": 0, "metrics": {"loss": 1.0}})
+        unreachable.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
+        assert deliver_all() == 1
+    told = capsys.readouterr().err
+    assert "127.0.0.1" in told
+    assert "secret" not in told
+    assert deliver_all() == 0
+    assert [run.info.status for run in runs_of(client)] == ["FINISHED"]
+
+
+def test_what_was_delivered_is_linked_with_the_flow_that_made_it(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFOPT_FLOW_RUN_ID", "f")
+    train()
+    deliver_all()
+    (run,) = runs_of(client)
+    (line,) = tracking.LINKS.read_text().splitlines()
+    assert json.loads(line) == {
+        "run": "dpo",
+        "flow_run": "f",
+        "mlflow_run": run.info.run_id,
+        "url": None,  # of a file, and of no server
+    }
+
+
 def evaluated_training(client: MlflowClient, *, delivered_before_publishing: bool) -> None:
     """As stages.train does it: outputs are published after the journal's end."""
     write_logratios("partial")
