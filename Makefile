@@ -7,13 +7,16 @@ RECIPE ?=
 export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro flow test benchmark check base lock clean
+.PHONY: repro flow cluster test benchmark check base lock clean
 
 repro: $(VENV)/ready recipe-packages  ## the whole pipeline, what is out of date of it
 	@$(BIN)/prefopt repro $(if $(RECIPE),--recipe $(RECIPE))
 
 flow: $(VENV)/ready  ## the same graph as a Prefect flow
 	@$(BIN)/python -m flows.pipeline
+
+cluster: $(VENV)/ready  ## a Prefect server and two workers on this machine; Ctrl-C ends them
+	@$(BIN)/prefopt cluster
 
 test: $(VENV)/oracle  ## the tests
 	@$(BIN)/python -m pytest

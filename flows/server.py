@@ -25,6 +25,12 @@ QUIET = {
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }
+# Who holds a place of a concurrency limit: in memory, a restart would lose it, and the place with it.
+LEASES = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    )
+}
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def own_server(home: Path) -> Generator[str, None, None]:
     url = f"http://127.0.0.1:{port}/api"
     address = ["--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "prefect", "server", "start", *address]
-    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home.resolve())}
+    environment = {**os.environ, **QUIET, **LEASES, "PREFECT_HOME": str(home.resolve())}
     with Supervisor() as supervisor, open(home / "server.log", "wb") as log:
         server = supervisor.start(command, environment, log)
         _await_health(server, url, home / "server.log")
