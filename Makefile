@@ -56,9 +56,11 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# TRL, which tests and `prefopt verify-losses` compare with; the product runs without it.
-$(VENV)/oracle: $(VENV)/ready tests/oracle.lock
+# TRL, which tests and `prefopt verify-losses` compare with, and S3, which tests exchange data by;
+# the product runs without them.
+$(VENV)/oracle: $(VENV)/ready tests/oracle.lock tests/s3.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracle.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/s3.lock
 	touch $@
 
 .PHONY: recipe-packages

@@ -34,19 +34,23 @@ def repro(
         from stages.recipes import apply_recipe
 
         _or_exit(lambda: apply_recipe(recipe))
+    times_before = _stage_times()
+    status = dvc_repro()
+    if status == 0:
+        _show_results(_stage_times()[len(times_before) :])
+    # The trainings' own courier may still be on its way: this one waits for it.
+    _run(sys.executable, "-m", "stages.tracking")
+    sys.exit(status)
+
+
+def dvc_repro() -> int:
+    """Run `dvc repro` in this workspace, which nobody else's run is at work in; its exit status."""
     from flows.locks import hold_workspace
     from flows.supervise import Supervisor
 
-    with hold_workspace(Path(), typer.echo) as lock:
-        times_before = _stage_times()
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
-        with Supervisor([lock]) as supervisor:
-            status = supervisor.start(command, _environment(), None).wait()
-        if status == 0:
-            _show_results(_stage_times()[len(times_before) :])
-        # The trainings' own courier may still be on its way: this one waits for it.
-        _run(sys.executable, "-m", "stages.tracking")
-    sys.exit(status)
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
+    with hold_workspace(Path(), typer.echo) as lock, Supervisor([lock]) as supervisor:
+        return supervisor.start(command, _environment(), None).wait()
 
 
 @app.command()

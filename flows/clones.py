@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from flows.graph import LOCK
 
@@ -151,7 +151,7 @@ def worktree(clone: Path, revision: str, name: str) -> Generator[Path, None, Non
         with Repo(str(clone)) as repo:
             cache = repo.cache.local_cache_dir
         with Config(str(tree / ".dvc")).edit("local") as edited:
-            config: dict[str, Any] = edited
+            config = cast(dict[str, Any], edited)
             config["cache"] = config.get("cache", {}) | {"dir": cache}
             config["core"] = config.get("core", {}) | {"site_cache_dir": str(clone / ".dvc/tmp")}
         yield tree

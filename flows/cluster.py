@@ -87,7 +87,10 @@ def start_worker(
         *("--pool", f"prefopt-{pool}", "--type", "process", "--install-policy", "never"),
         *("--limit", str(at_once)),
     ]
-    environment = {**os.environ, **QUIET, CLONE: str(clone.resolve())}
+    # `python` in prefect.yaml is to be this one.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    here = {CLONE: str(clone.resolve()), "PATH": path}
+    environment = {**os.environ, **QUIET, **here}
     return supervisor.start(command, environment, None)
 
 

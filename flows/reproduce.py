@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -183,20 +184,38 @@ def reproduce_stage(
             )
         # -s, because DVC would lock, for writing, the outputs of all stages before it.
         command = ["repro", *(["--pull"] if pull else []), "--single-item", name]
-        status, said = run_dvc(
+        dvc = run_dvc(
             command, {**environment, **slots.environment}, supervisor, folder, slots.locks
         )
-    if status == 0:
+    if dvc.status == 0:
         return
-    if any(sign in line for line in said for sign in BUSY):
-        raise BusyError(f"stage '{name}': another process of DVC is in the way, got {said[-1]}")
-    if pull and not any(FAILED in line for line in said):
-        raise BusyError(f"stage '{name}': it was not reached, got {said[-1]}")
+    if dvc.says(*BUSY):
+        raise BusyError(f"stage '{name}': another process of DVC is in the way, got {dvc.reason}")
+    if pull and not dvc.says(FAILED):
+        raise BusyError(f"stage '{name}': it was not reached, got {dvc.reason}")
     raise StageError(
-        f"stage '{name}': it failed, got status {status} of dvc; "
+        f"stage '{name}': it failed, got status {dvc.status} of dvc; "
         f"see the log above, and `dvc repro --single-item {name}` repeats it",
         demands.retries,
     )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a command of DVC's."""
+
+    status: int
+    said: tuple[str, ...]
+
+    def says(self, *signs: str) -> bool:
+        """Whether one of the signs is in what it said."""
+        return any(sign in line for line in self.said for sign in signs)
+
+    @property
+    def reason(self) -> str:
+        """Its last error, or the last that it said."""
+        errors = [line for line in self.said if line.startswith("ERROR")]
+        return [f"status {self.status}", *self.said, *errors][-1]
 
 
 def run_dvc(
@@ -205,8 +224,8 @@ def run_dvc(
     supervisor: Supervisor,
     folder: Path,
     locks: Sequence[int] = (),
-) -> tuple[int, list[str]]:
-    """Run DVC, which waits for its lock, and log what it says; gives its status and that."""
+) -> Outcome:
+    """Run DVC, which waits for its lock, and log what it says."""
     log = get_run_logger()
     said: list[str] = []
 
@@ -216,4 +235,4 @@ def run_dvc(
 
     # Without that wait, a lock that is busy when a training ends loses the training.
     status = supervisor.run([*DVC, *command], environment, hear, folder=folder, locks=locks)
-    return status, said or [f"status {status}"]
+    return Outcome(status, tuple(said))

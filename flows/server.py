@@ -25,7 +25,7 @@ QUIET = {
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }
-# Who holds a place of a concurrency limit: in memory, a restart would lose it, and the place with it.
+# Of a concurrency limit: in memory, a restart would lose who holds a place, and the place with it.
 LEASES = {
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
         "prefect.server.concurrency.lease_storage.filesystem"
@@ -51,17 +51,18 @@ def connected() -> Generator[str, None, None]:
 
 
 @contextmanager
-def own_server(home: Path) -> Generator[str, None, None]:
-    """Start a server on a free port of the loopback, and stop it at the end; gives its API's URL.
+def own_server(home: Path, port: int = 0) -> Generator[str, None, None]:
+    """Start a server on the loopback, and stop it at the end; gives its API's URL.
 
     Args:
         home: where it keeps its records and its log.
+        port: 0 takes a free one.
 
     Raises:
         RuntimeError: if it does not come up.
     """
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = port or _free_port()
     url = f"http://127.0.0.1:{port}/api"
     address = ["--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "prefect", "server", "start", *address]

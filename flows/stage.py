@@ -47,6 +47,6 @@ def run_stage(
 @dvc_task
 def push(stage: str, environment: dict[str, str], supervisor: Supervisor, tree: Path) -> None:
     """Push what the stage left, and its entry of the run cache, to DVC's remote."""
-    status, said = run_dvc(["push", "--run-cache", stage], environment, supervisor, tree)
-    if status != 0:
-        raise BusyError(f"stage '{stage}': its outputs are not at the remote, got {said[-1]}")
+    dvc = run_dvc(["push", "--run-cache", stage], environment, supervisor, tree)
+    if dvc.status != 0:
+        raise BusyError(f"stage '{stage}': its outputs are not at the remote, got {dvc.reason}")
