@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.clones import CLONE
-from flows.server import QUIET, own_server
+from flows.server import PATIENT, QUIET, own_server
 from flows.supervise import Supervisor
 
 POOLS = ("cpu", "gpu", "api")
@@ -90,7 +90,7 @@ def start_worker(
     # `python` in prefect.yaml is to be this one.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     here = {CLONE: str(clone.resolve()), "PATH": path}
-    environment = {**os.environ, **QUIET, **here}
+    environment = {**os.environ, **QUIET, **PATIENT, **here}
     return supervisor.start(command, environment, None)
 
 

@@ -25,6 +25,8 @@ QUIET = {
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }
+# Flows go on while the server is away, and tell it afterwards: for four minutes, not for one.
+PATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "7"}
 # Of a concurrency limit: in memory, a restart would lose who holds a place, and the place with it.
 LEASES = {
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
@@ -36,7 +38,7 @@ LEASES = {
 @contextmanager
 def connected() -> Generator[str, None, None]:
     """Speak to the server of PREFECT_API_URL or the profile, else to our own; gives its URL."""
-    os.environ.update(QUIET)  # Prefect reads it when it is imported.
+    os.environ.update(QUIET | PATIENT)  # Prefect reads it when it is imported.
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     configured = PREFECT_API_URL.value()

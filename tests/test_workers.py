@@ -288,34 +288,3 @@ def test_a_lost_machines_stage_goes_to_another_and_on_from_its_checkpoint(
         *((step, "0", "three") for step in range(5, 10)),
     ]
     assert (machines.workspace / "dvc.lock").read_bytes() == serial
-
-
-def test_a_lost_machines_stage_goes_to_another_and_on_from_its_checkpoint(
-    machines: Machines,
-) -> None:
-    machines.commit(a=4, b=2)
-    serial = machines.serial_lock()
-    before = len(machines.steps("train-a"))
-    fault = slow(machines, "train-a", 4)
-    with machines.coordinator() as coordinator:
-        wait_until(lambda: machines.steps("train-a")[before:][-1:] == [(4, "1", "two")], 90)
-        with machines.worker("gpu", "three", "0"):
-            for process in [machines.gpu_worker, *machines.gpu_worker.children(recursive=True)]:
-                process.kill()
-            fault.unlink()
-            said, _ = coordinator.communicate(timeout=180)
-    assert coordinator.returncode == 0, said[-4000:]
-    assert "fell silent; the stage goes to another worker" in said
-    steps = machines.steps("train-a")[before:]
-    assert steps == [
-        *((step, "1", "two") for step in range(5)),
-        *((step, "0", "three") for step in range(5, 10)),
-    ]
-    assert (machines.workspace / "dvc.lock").read_bytes() == serial
-
-
-def cancel(server: str, flow_run: str) -> None:
-    """As the button of the UI does."""
-    state = {"state": {"type": "CANCELLING"}}
-    url = f"{server}/flow_runs/{flow_run}/set_state"
-    httpx.post(url, json=state, trust_env=False).raise_for_status()
