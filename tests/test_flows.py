@@ -95,10 +95,10 @@ def run(directory: Path, *command: str, **environment: str) -> subprocess.Comple
     )
 
 
-def run_flow(directory: Path, server: str) -> subprocess.CompletedProcess[str]:
+def run_flow(directory: Path, server: str, *options: str) -> subprocess.CompletedProcess[str]:
     return run(
         directory,
-        *(sys.executable, "-m", "flows.pipeline"),
+        *(sys.executable, "-m", "flows.pipeline", *options),
         PYTHONPATH=str(PROJECT),
         PREFECT_API_URL=server,
         PREFECT_HOME=str(directory.parent / "home"),
@@ -270,6 +270,26 @@ def test_a_progress_bar_is_logged_as_its_last_state() -> None:
     assert last_state(b"  0%|  \r 50%|# \r100%|##\r\n") == "100%|##"
     assert last_state(b"a line\n") == "a line"
     assert last_state(b"\n") == ""
+
+
+def test_a_commit_is_run_in_a_worktree_while_this_one_is_edited_and_then_restored(
+    tmp_path: Path, project: Path, server: str
+) -> None:
+    run(project, "git", "add", ".")
+    run(
+        project, "git", *("-c", "user.name=t", "-c", "user.email=t@localhost"), "commit", "-qm", "1"
+    )
+    (project / "stage.py").write_text("an edit that is not ready")
+
+    flow = run_flow(project, server, "--at", "HEAD")
+
+    assert flow.returncode == 0, flow.stdout + flow.stderr
+    assert not (project / "dvc.lock").exists()
+    assert len(run(project, "git", "worktree", "list").stdout.splitlines()) == 1
+    run(project, "git", "checkout", "stage.py")
+    restored = run(project, sys.executable, "-m", "dvc", "repro")
+    assert restored.stdout.count("is cached - skipping run") == 8
+    assert "Running stage" not in restored.stdout
 
 
 FAULTY_YAML = """\
