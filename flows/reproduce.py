@@ -30,8 +30,8 @@ from flows.graph import MAX_RETRIES, Demands, Plan, read_plan, restore_order
 from flows.locks import hold_gpus, hold_workspace
 from flows.supervise import Supervisor
 
-# What DVC says when another process of DVC is in the way: the same command can succeed later.
-BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
+# What DVC, or a stage, says when another process is in the way: the same can succeed later.
+BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "another process runs it")
 # What DVC says when the stage's own command failed, and not DVC around it.
 FAILED = "failed to run: "
 POLL_SECONDS = 2.0
@@ -190,7 +190,7 @@ def reproduce_stage(
     if dvc.status == 0:
         return
     if dvc.says(*BUSY):
-        raise BusyError(f"stage '{name}': another process of DVC is in the way, got {dvc.reason}")
+        raise BusyError(f"stage '{name}': another process is in the way, got {dvc.reason}")
     if pull and not dvc.says(FAILED):
         raise BusyError(f"stage '{name}': it was not reached, got {dvc.reason}")
     raise StageError(

@@ -77,7 +77,7 @@ class Machines:
             "PREFECT_API_URL": server,
             "PREFECT_HOME": str(folder / "home"),
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_WORKER_HEARTBEAT_SECONDS": "2",
+            "PREFECT_WORKER_HEARTBEAT_SECONDS": "5",
             "PREFOPT_SHARED": str(folder / "shared"),
             "FAULTS": str(self.faults),
             "AWS_ACCESS_KEY_ID": "x",
@@ -157,7 +157,7 @@ class Machines:
 
     def expect(self, coordinator: subprocess.Popen[bytes], status: int) -> str:
         """Wait for the end of a coordinator; gives what it said."""
-        ended = coordinator.wait(300)
+        ended = coordinator.wait(600)
         said = (self.folder / "coordinator.log").read_text()
         assert ended == status, said[-4000:]
         return said
@@ -240,10 +240,10 @@ def test_a_remote_that_is_away_during_the_push_is_tried_again(machines: Machines
     before = len(machines.steps("train-a"))
     fault = slow(machines, "train-a", 9)
     with machines.coordinator() as coordinator:
-        wait_until(lambda: [s for s, *_ in machines.steps("train-a")[before:]][-1:] == [9], 90)
+        wait_until(lambda: [s for s, *_ in machines.steps("train-a")[before:]][-1:] == [9], 300)
         machines.bucket.stop()
         fault.unlink()
-        wait_until(lambda: "not at the remote" in machines.logs(), 90)
+        wait_until(lambda: "not at the remote" in machines.logs(), 300)
         machines.bucket.start()
         machines.expect(coordinator, 0)
     # The stage itself was executed once.
@@ -256,12 +256,12 @@ def test_a_run_that_is_cancelled_ends_its_stages_and_the_next_goes_on(machines: 
     before = len(machines.steps("train-b"))
     fault = slow(machines, "train-b", 3)
     with machines.coordinator() as coordinator:
-        wait_until(lambda: [s for s, *_ in machines.steps("train-b")[before:]][-1:] == [3], 90)
+        wait_until(lambda: [s for s, *_ in machines.steps("train-b")[before:]][-1:] == [3], 300)
         cancel(machines.server, last_flow_run(machines.server, "prefopt-pools")["id"])
         machines.expect(coordinator, 1)
     assert last_flow_run(machines.server, "prefopt-pools")["state_type"] == "CANCELLED"
     wait_until(
-        lambda: last_flow_run(machines.server, "prefopt-stage")["state_type"] == "CANCELLED", 60
+        lambda: last_flow_run(machines.server, "prefopt-stage")["state_type"] == "CANCELLED", 120
     )
     fault.unlink()
     machines.run_to_the_end()
@@ -278,7 +278,7 @@ def test_a_lost_machines_stage_goes_to_another_and_on_from_its_checkpoint(
     before = len(machines.steps("train-a"))
     fault = slow(machines, "train-a", 4)
     with machines.coordinator() as coordinator:
-        wait_until(lambda: machines.steps("train-a")[before:][-1:] == [(4, "1", "two")], 90)
+        wait_until(lambda: machines.steps("train-a")[before:][-1:] == [(4, "1", "two")], 300)
         with machines.worker("gpu", "three", "0"):
             for process in [machines.gpu_worker, *machines.gpu_worker.children(recursive=True)]:
                 process.kill()
