@@ -7,13 +7,16 @@ RECIPE ?=
 export OMP_NUM_THREADS ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro flow test benchmark check base lock clean
+.PHONY: repro flow cluster test benchmark check base lock clean
 
 repro: $(VENV)/ready recipe-packages  ## the whole pipeline, what is out of date of it
 	@$(BIN)/prefopt repro $(if $(RECIPE),--recipe $(RECIPE))
 
 flow: $(VENV)/ready  ## the same graph as a Prefect flow
 	@$(BIN)/python -m flows.pipeline
+
+cluster: $(VENV)/ready  ## a Prefect server and two workers on this machine; Ctrl-C ends them
+	@$(BIN)/prefopt cluster
 
 test: $(VENV)/oracle $(VENV)/servers  ## the tests
 	@$(BIN)/python -m pytest
@@ -58,7 +61,7 @@ $(VENV)/oracle: $(VENV)/ready tests/oracle.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracle.lock
 	touch $@
 
-# A server that speaks S3, and what the servers of a team need: tests start them.
+# A server that speaks S3, DVC's way to it, and what a team's servers need: tests start them.
 $(VENV)/servers: $(VENV)/ready servers.lock tests/servers.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/servers.lock
 	touch $@

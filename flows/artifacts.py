@@ -67,14 +67,14 @@ def publish(
     """Show what a flow's run has led to, when MLflow has what there was for it.
 
     Args:
-        root: the workspace, where the commands of `supervisor` run.
+        root: the workspace.
         supervisor: runs the courier to MLflow.
         environment: of the courier.
         whole: nothing failed, so that the report is of this state.
     """
     if (root / TRACKING).exists():
         deliver = [sys.executable, "-m", "stages.tracking"]
-        supervisor.run(deliver, environment, get_run_logger().info)
+        supervisor.run(deliver, environment, get_run_logger().info, folder=root)
     try:
         if whole and (root / RESULTS).exists():
             create_markdown_artifact((root / RESULTS).read_text(), key="results")

@@ -36,12 +36,52 @@ def repro(
 
         _or_exit(lambda: apply_recipe(recipe))
     times_before = _stage_times()
-    dvc = _run(sys.executable, "-m", "dvc", "--wait-for-lock", "repro")
-    if dvc.returncode == 0:
+    status = dvc_repro()
+    if status == 0:
         _show_results(_stage_times()[len(times_before) :])
     # The trainings' own courier may still be on its way: this one waits for it.
     _run(sys.executable, "-m", "stages.tracking")
-    sys.exit(dvc.returncode)
+    sys.exit(status)
+
+
+def dvc_repro() -> int:
+    """Run `dvc repro` in this workspace, which nobody else's run is at work in; its exit status."""
+    from flows.locks import hold_workspace
+    from flows.supervise import Supervisor
+
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
+    with hold_workspace(Path(), typer.echo) as lock, Supervisor([lock]) as supervisor:
+        return supervisor.start(command, _environment(), None).wait()
+
+
+@app.command()
+def deploy(
+    api: Annotated[int, typer.Option(min=1, help="stages at once that ask judges' APIs")] = 4,
+) -> None:
+    """Make the work pools and deployments of prefect.yaml at the server of PREFECT_API_URL."""
+    from flows.cluster import deploy
+
+    _or_exit(lambda: deploy(api))
+
+
+@app.command()
+def worker(
+    pool: Annotated[str, typer.Argument(help="whose stages: cpu, gpu or api", metavar="POOL")],
+    clone: Annotated[Path, typer.Option(help="where it works; made if it is not there")],
+    at_once: Annotated[int, typer.Option(min=1, help="stages at the same time")] = 1,
+) -> None:
+    """Run stages that a coordinator sends to a pool; CUDA_VISIBLE_DEVICES says with which GPUs."""
+    from flows.cluster import work
+
+    _or_exit(lambda: work(pool, clone, at_once))
+
+
+@app.command()
+def cluster() -> None:
+    """Start a Prefect server and two workers on this machine, to try the pools; Ctrl-C ends all."""
+    from flows.cluster import try_out
+
+    try_out(typer.echo)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -275,10 +315,15 @@ def _stage_times() -> list[tuple[str, float]]:
 
 
 def _run(*command: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command with this interpreter's programs first on the path."""
+    return subprocess.run(
+        command, env=_environment(), text=True, capture_output=capture, check=False
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this interpreter's programs first on the path."""
     programs = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": programs + os.pathsep + os.environ["PATH"]}
-    return subprocess.run(command, env=environment, text=True, capture_output=capture, check=False)
+    return {**os.environ, "PATH": programs + os.pathsep + os.environ["PATH"]}
 
 
 if __name__ == "__main__":

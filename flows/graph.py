@@ -3,12 +3,22 @@
 Only reads and reorders: what runs a stage is DVC's own command, a process for each.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOCK = Path("dvc.lock")
+LOCK = "dvc.lock"
+MAX_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a stage's `meta` in dvc.yaml asks of those who run it; DVC does not hash it."""
+
+    pool: str = "cpu"  # the work pool prefopt-POOL; `gpu` for a stage that asks for GPUs
+    gpus: int = 0
+    retries: int = 0  # further tries, at most 4, of a stage that may fail by chance
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,7 @@ class Plan:
     needs: dict[str, frozenset[str]]  # the stages whose outputs a stage reads
     outdated: frozenset[str]  # changed, or downstream of what is
     locked: tuple[str, ...]  # the entries of dvc.lock, in their order
+    demands: dict[str, Demands]
 
     def ready(self, waiting: Iterable[str], done: Iterable[str]) -> list[str]:
         """Those of the waiting, in order, whose outdated needs are all done."""
@@ -26,24 +37,39 @@ class Plan:
         return [name for name in self.order if name in wanted and not self.needs[name] & missing]
 
 
-def read_plan() -> Plan:
-    """Ask DVC, once, for the stages of ./dvc.yaml and their status; waits for DVC's lock."""
+def read_plan(root: Path, *, without_data: bool = False) -> Plan:
+    """Ask DVC, once, for the stages of dvc.yaml and their status; waits for DVC's lock.
+
+    Args:
+        root: where dvc.yaml lies.
+        without_data: outputs that are not there count as what dvc.lock says of them.
+    """
     from dvc.dvcfile import PROJECT_FILE
     from dvc.repo import Repo
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
-    with Repo(".", _wait_for_lock=True) as repo:
+    with Repo(str(root), _wait_for_lock=True) as repo:
         graph = get_active_graph(repo.index.graph)
-        stages = plan_repro(graph, collect_stages(repo, [PROJECT_FILE]))
+        # A path to dvc.yaml is taken from where we are.
+        stages = plan_repro(graph, collect_stages(repo, [str(root / PROJECT_FILE)]))
+        upstream = {stage: list(graph.successors(stage)) for stage in stages}
+        if without_data:
+            with repo.lock:
+                changed = {stage for stage in stages if stage.changed(True, upstream[stage])}
+            outdated = {stage.addressing for stage in changed}
+        else:
+            outdated = set(repo.status())
+        names = {stage: stage.addressing.rpartition(":")[2] for stage in stages}
+        outdated = {name.rpartition(":")[2] for name in outdated}
         needs = {
-            stage.addressing: frozenset(need.addressing for need in graph.successors(stage))
-            for stage in stages
+            names[stage]: frozenset(names[need] for need in upstream[stage]) for stage in stages
         }
-        outdated = set(repo.status()) & set(needs)
+        demands = {names[stage]: _demands(names[stage], stage.meta or {}) for stage in stages}
+    outdated &= set(needs)
     for name, wanted in needs.items():  # A stage comes after what it needs.
         if wanted & outdated:
             outdated.add(name)
-    return Plan(tuple(needs), needs, frozenset(outdated), tuple(_locked()))
+    return Plan(tuple(needs), needs, frozenset(outdated), tuple(read_entries(root)), demands)
 
 
 def stages_of_runs(
@@ -67,33 +93,64 @@ def stages_of_runs(
     return of_each, anew, kept
 
 
-def restore_order(plan: Plan) -> None:
+def restore_order(root: Path, plan: Plan) -> None:
     """Put dvc.lock in the order that a serial `dvc repro` would have left.
 
     DVC appends a new entry when its stage ends, so the order is that of the ends. A serial run
     keeps the old entries where they were and appends the new ones as it goes through the plan.
     """
+    names = list(read_entries(root))
+    serial = _in_order(names, [*plan.locked, *plan.order])
+    if names != serial:
+        _edit_entries(root, lambda entries: {name: entries[name] for name in serial})
+
+
+def adopt_entry(root: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Put what another workspace's dvc.lock says of a stage into this one's."""
+    _edit_entries(root, lambda entries: {**entries, name: entry})
+
+
+def read_entries(root: Path) -> dict[str, Any]:
+    """What dvc.lock says of each stage, in its order."""
+    from dvc.utils.serialize import load_yaml
+
+    lock = root / LOCK
+    return dict(load_yaml(str(lock)).get("stages", {})) if lock.exists() else {}
+
+
+def parse_entries(text: str) -> dict[str, Any]:
+    """What a dvc.lock, given as its text, says of each stage."""
+    from dvc.utils.serialize import parse_yaml
+
+    return parse_yaml(text, LOCK)["stages"]
+
+
+def _edit_entries(root: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     from dvc.repo import Repo
     from dvc.utils.serialize import modify_yaml
 
-    names = _locked()
-    serial = _in_order(names, [*plan.locked, *plan.order])
-    if names == serial:
-        return
-    with (
-        Repo(".", _wait_for_lock=True) as repo,
-        repo.lock,
-        modify_yaml(LOCK, fs=repo.fs) as content,
-    ):
-        entries = content["stages"]
-        for name in _in_order(list(entries), serial):
-            entries[name] = entries.pop(name)
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        if not (root / LOCK).exists():
+            (root / LOCK).write_text("schema: '2.0'\n")
+        with modify_yaml(str(root / LOCK), fs=repo.fs) as content:
+            entries = edit(dict(content.get("stages", {})))
+            content["stages"] = entries
 
 
-def _locked() -> list[str]:
-    from dvc.utils.serialize import load_yaml
-
-    return list(load_yaml(LOCK).get("stages", {})) if LOCK.exists() else []
+def _demands(name: str, meta: Mapping[str, Any]) -> Demands:
+    gpus, retries = meta.get("gpus", 0), meta.get("retries", 0)
+    for key, value in {"gpus": gpus, "retries": retries}.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(
+                f"dvc.yaml: stage '{name}': meta.{key} is no count, got {value!r}; "
+                "write 0, 1, 2, ..."
+            )
+    if retries > MAX_RETRIES:
+        raise ValueError(
+            f"dvc.yaml: stage '{name}': meta.retries is too large, got {retries}; "
+            f"at most {MAX_RETRIES}"
+        )
+    return Demands(meta.get("pool", "gpu" if gpus else "cpu"), gpus, retries)
 
 
 def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:

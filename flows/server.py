@@ -25,12 +25,20 @@ QUIET = {
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
 }
+# Flows go on while the server is away, and tell it afterwards: for four minutes, not for one.
+PATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "7"}
+# Of a concurrency limit: in memory, a restart would lose who holds a place, and the place with it.
+LEASES = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    )
+}
 
 
 @contextmanager
 def connected() -> Generator[str, None, None]:
     """Speak to the server of PREFECT_API_URL or the profile, else to our own; gives its URL."""
-    os.environ.update(QUIET)  # Prefect reads it when it is imported.
+    os.environ.update(QUIET | PATIENT)  # Prefect reads it when it is imported.
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
     configured = PREFECT_API_URL.value()
@@ -47,21 +55,22 @@ def connected() -> Generator[str, None, None]:
 
 
 @contextmanager
-def own_server(home: Path) -> Generator[str, None, None]:
-    """Start a server on a free port of the loopback, and stop it at the end; gives its API's URL.
+def own_server(home: Path, port: int = 0) -> Generator[str, None, None]:
+    """Start a server on the loopback, and stop it at the end; gives its API's URL.
 
     Args:
         home: where it keeps its records and its log.
+        port: 0 takes a free one.
 
     Raises:
         RuntimeError: if it does not come up.
     """
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = port or _free_port()
     url = f"http://127.0.0.1:{port}/api"
     address = ["--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "prefect", "server", "start", *address]
-    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home.resolve())}
+    environment = {**os.environ, **QUIET, **LEASES, "PREFECT_HOME": str(home.resolve())}
     with Supervisor() as supervisor, open(home / "server.log", "wb") as log:
         server = supervisor.start(command, environment, log)
         _await_health(server, url, home / "server.log")

@@ -1,8 +1,9 @@
 """The smallest true things: a random two-layer Llama, a byte tokenizer, an empty workplace."""
 
 import json
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,17 @@ def write_params(workplace: Path) -> Callable[..., dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server that `python -m flows.pipeline` starts, with its settings and its client's."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith("PREFECT_")]:
+            patch.delenv(key)
+        patch.setenv("PREFECT_HOME", str(home))
+        from flows.server import own_server
+
+        with own_server(home) as url:
+            yield url

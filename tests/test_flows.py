@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +64,6 @@ pathlib.Path(target).write_text(text + name + "\\n")
 """
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server that `python -m flows.pipeline` starts, with its settings and its client's."""
-    home = tmp_path_factory.mktemp("prefect")
-    with pytest.MonkeyPatch.context() as patch:
-        for key in [key for key in os.environ if key.startswith("PREFECT_")]:
-            patch.delenv(key)
-        patch.setenv("PREFECT_HOME", str(home))
-        from flows.server import own_server
-
-        with own_server(home) as url:
-            yield url
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return new_project(tmp_path / "flow", b="1")
@@ -109,10 +95,10 @@ def run(directory: Path, *command: str, **environment: str) -> subprocess.Comple
     )
 
 
-def run_flow(directory: Path, server: str) -> subprocess.CompletedProcess[str]:
+def run_flow(directory: Path, server: str, *options: str) -> subprocess.CompletedProcess[str]:
     return run(
         directory,
-        *(sys.executable, "-m", "flows.pipeline"),
+        *(sys.executable, "-m", "flows.pipeline", *options),
         PYTHONPATH=str(PROJECT),
         PREFECT_API_URL=server,
         PREFECT_HOME=str(directory.parent / "home"),
@@ -131,8 +117,9 @@ def api(server: str, what: str, **body: Any) -> list[dict[str, Any]]:
     return answer.json()
 
 
-def last_flow_run(server: str) -> dict[str, Any]:
-    return api(server, "flow_runs", sort="START_TIME_DESC", limit=1)[0]
+def last_flow_run(server: str, flow: str = "prefopt-pipeline") -> dict[str, Any]:
+    named = {"name": {"any_": [flow]}}
+    return api(server, "flow_runs", flows=named, sort="START_TIME_DESC", limit=1)[0]
 
 
 def task_runs(server: str) -> dict[str, dict[str, Any]]:
@@ -164,6 +151,7 @@ def test_the_flow_leaves_the_lock_that_dvc_repro_leaves_and_then_has_nothing_to_
     assert sorted(executed(project)) == sorted(executed(serial))
     # The order of the ends was not the serial one, or the test would show nothing.
     assert executed(project).index("train@b") < executed(project).index("evaluate@a")
+    first = last_flow_run(server)
     runs = task_runs(server)
     assert set(runs) == set(executed(project))
     lines = log_of(server, runs["train@b"]["id"])
@@ -175,7 +163,8 @@ def test_the_flow_leaves_the_lock_that_dvc_repro_leaves_and_then_has_nothing_to_
 
     assert again.returncode == 0, again.stderr
     assert sorted(executed(project)) == sorted(executed(serial))
-    assert task_runs(server) == {}
+    assert again.stdout == "all 8 stages are current\n"
+    assert last_flow_run(server) == first  # None was started.
     assert (project / "dvc.lock").read_bytes() == (serial / "dvc.lock").read_bytes()
 
 
@@ -204,7 +193,7 @@ def test_a_failing_run_stops_only_what_depends_on_it(tmp_path: Path, server: str
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 def test_the_plan_goes_as_dvc_goes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    plan = read_plan()
+    plan = read_plan(Path())
     assert plan.outdated == set(plan.order)
     assert plan.needs["report"] == {f"evaluate@{run}" for run in RUNS}
     assert plan.ready(plan.outdated, []) == ["prepare"]
@@ -230,8 +219,8 @@ def is_alive(process: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -281,3 +270,157 @@ def test_a_progress_bar_is_logged_as_its_last_state() -> None:
     assert last_state(b"  0%|  \r 50%|# \r100%|##\r\n") == "100%|##"
     assert last_state(b"a line\n") == "a line"
     assert last_state(b"\n") == ""
+
+
+def test_a_commit_is_run_in_a_worktree_while_this_one_is_edited_and_then_restored(
+    tmp_path: Path, project: Path, server: str
+) -> None:
+    run(project, "git", "add", ".")
+    run(
+        project, "git", *("-c", "user.name=t", "-c", "user.email=t@localhost"), "commit", "-qm", "1"
+    )
+    (project / "stage.py").write_text("an edit that is not ready")
+
+    flow = run_flow(project, server, "--at", "HEAD")
+
+    assert flow.returncode == 0, flow.stdout + flow.stderr
+    assert not (project / "dvc.lock").exists()
+    assert len(run(project, "git", "worktree", "list").stdout.splitlines()) == 1
+    run(project, "git", "checkout", "stage.py")
+    restored = run(project, sys.executable, "-m", "dvc", "repro")
+    assert restored.stdout.count("is cached - skipping run") == 8
+    assert "Running stage" not in restored.stdout
+
+
+FAULTY_YAML = """\
+stages:
+  flaky:
+    cmd: python faulty.py flaky flaky.txt
+    deps: [faulty.py]
+    meta: {retries: 2}
+    outs: [flaky.txt]
+  large:
+    cmd: python faulty.py large large.txt
+    deps: [faulty.py]
+    outs: [large.txt]
+  slow:
+    cmd: python faulty.py slow slow.txt
+    deps: [faulty.py]
+    outs: [slow.txt]
+"""
+
+# Published as the project's own stages publish. What is wrong is said by files that are no inputs.
+FAULTY = """\
+import os, pathlib, resource, sys, time
+from stages.artefacts import stage
+name, output = sys.argv[1], pathlib.Path(sys.argv[2])
+with open(f".dvc/tmp/{name}.tries", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+with stage(name, inputs=[pathlib.Path("faulty.py")], outputs=[output], params={}) as workspace:
+    tries = len(pathlib.Path(f".dvc/tmp/{name}.tries").read_text().split())
+    if name == "flaky" and tries < 3:
+        sys.exit("by chance")
+    if pathlib.Path("full").exists() and name == "large":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    while pathlib.Path("wait").exists() and name == "slow":
+        time.sleep(0.1)
+    workspace.partial(output).write_text("x" * 1_000_000)
+"""
+
+
+def faulty_project(directory: Path, *, full: bool, wait: bool) -> Path:
+    directory.mkdir()
+    (directory / "dvc.yaml").write_text(FAULTY_YAML)
+    (directory / "faulty.py").write_text(FAULTY)
+    (directory / ".gitignore").write_text(".prefopt\n")
+    for name, wanted in {"full": full, "wait": wait}.items():
+        if wanted:
+            (directory / name).touch()
+    run(directory, "git", "init", "--quiet")
+    run(directory, sys.executable, "-m", "dvc", "init", "--quiet")
+    return directory
+
+
+def tries(project: Path, stage: str) -> list[int]:
+    """Process ids of a stage's tries."""
+    path = project / f".dvc/tmp/{stage}.tries"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def start_flow(project: Path, server: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.pipeline", "--concurrency", "3"],
+        cwd=project,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(PROJECT),
+            "PREFECT_API_URL": server,
+            "DVC_NO_ANALYTICS": "1",
+        },
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_a_stage_that_fails_by_chance_is_tried_again_and_a_full_disk_leaves_nothing_half(
+    tmp_path: Path, server: str
+) -> None:
+    project = faulty_project(tmp_path / "flow", full=True, wait=False)
+
+    flow = run_flow(project, server)
+
+    assert flow.returncode == 1, flow.stderr
+    assert last_flow_run(server)["state"]["message"] == "failed: large; not reached: none"
+    runs = task_runs(server)
+    assert runs["flaky"]["run_count"] == len(tries(project, "flaky")) == 3
+    assert runs["large"]["run_count"] == len(tries(project, "large")) == 1
+    assert any("File too large" in line for line in log_of(server, runs["large"]["id"]))
+    assert not (project / "large.txt").exists()
+
+    (project / "full").unlink()
+    assert run_flow(project, server).returncode == 0
+    assert (project / "large.txt").stat().st_size == 1_000_000
+    assert len(tries(project, "flaky")) == 3  # It was not run again.
+
+
+def test_a_run_that_is_cancelled_in_the_ui_leaves_no_process_and_the_next_goes_on(
+    tmp_path: Path, server: str
+) -> None:
+    project = faulty_project(tmp_path / "flow", full=False, wait=True)
+    with start_flow(project, server) as flow:
+        wait_until(lambda: tries(project, "slow") != [], 120)
+        cancel(server, last_flow_run(server)["id"])
+        said, _ = flow.communicate(timeout=120)
+    assert flow.returncode == 1, said
+    assert last_flow_run(server)["state_type"] == "CANCELLED"
+    assert not is_alive(tries(project, "slow")[0])
+    (project / "wait").unlink()
+    assert run_flow(project, server).returncode == 0
+
+
+def test_a_server_that_goes_away_and_comes_back_stops_nothing(tmp_path: Path) -> None:
+    from flows.server import own_server
+
+    project = faulty_project(tmp_path / "flow", full=False, wait=True)
+    with own_server(tmp_path / "home") as url:
+        flow = start_flow(project, url)
+        wait_until(lambda: tries(project, "slow") != [], 120)
+    time.sleep(5)
+    (project / "wait").unlink()  # The stage ends while nobody can be told.
+    wait_until(lambda: (project / "slow.txt").exists(), 60)
+    with own_server(tmp_path / "home", int(url.split(":")[2].split("/")[0])):
+        said, _ = flow.communicate(timeout=180)
+        assert flow.returncode == 0, said[-3000:]
+        assert last_flow_run(url)["state_type"] == "COMPLETED"
+        assert {one["state_type"] for one in task_runs(url).values()} == {"COMPLETED"}
+    assert tries(project, "slow") == tries(project, "slow")[:1]
+
+
+def cancel(server: str, flow_run: str) -> None:
+    """As the button of the UI does."""
+    import httpx
+
+    state = {"state": {"type": "CANCELLING"}}
+    url = f"{server}/flow_runs/{flow_run}/set_state"
+    httpx.post(url, json=state, trust_env=False).raise_for_status()

@@ -1,0 +1,127 @@
+"""Work pools, their deployments and their workers; and all of it on one machine, to try it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flows.clones import CLONE
+from flows.server import PATIENT, QUIET, own_server
+from flows.supervise import Supervisor
+
+POOLS = ("cpu", "gpu", "api")
+PROJECT = Path(__file__).parents[1]
+HOME = Path(".prefopt/cluster")
+RESTART_SECONDS = 5.0
+
+
+def deploy(api_at_once: int) -> None:
+    """Make the work pools that are missing, the limit of the API, and prefect.yaml's deployments.
+
+    Args:
+        api_at_once: stages of the pool `api` that run at the same time, on all machines.
+
+    Raises:
+        RuntimeError: if Prefect refuses.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    template = ProcessWorker.get_default_base_job_template()
+    with get_client(sync_client=True) as client:
+        for pool in POOLS:
+            try:
+                client.create_work_pool(
+                    WorkPoolCreate(
+                        name=f"prefopt-{pool}", type="process", base_job_template=template
+                    )
+                )
+            except ObjectAlreadyExists:
+                continue  # Perhaps of another type: Kubernetes, say.
+        client.upsert_global_concurrency_limit_by_name("prefopt-api", api_at_once)
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+        cwd=PROJECT,
+        env=os.environ | QUIET,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"prefect deploy: it failed, got {done.stdout}{done.stderr}")
+
+
+def work(pool: str, clone: Path, at_once: int) -> None:
+    """Be a worker until SIGTERM or SIGINT; one that gave up on a silent server is started again.
+
+    Args:
+        pool: whose stages.
+        clone: where it works; made when the first stage comes.
+        at_once: stages at the same time.
+
+    Raises:
+        ValueError: if no server is configured.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    require_server()
+    with Supervisor() as supervisor:
+        while True:
+            start_worker(supervisor, pool, clone, at_once).wait()
+            time.sleep(RESTART_SECONDS)
+
+
+def start_worker(
+    supervisor: Supervisor, pool: str, clone: Path, at_once: int = 1
+) -> subprocess.Popen[bytes]:
+    """Start a worker, which ends together with what it runs; the environment is its own."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
+    name = "-".join(filter(None, [socket.gethostname(), clone.resolve().name, pool, gpus]))
+    command = [
+        *(sys.executable, "-m", "prefect", "worker", "start", "--name", name),
+        *("--pool", f"prefopt-{pool}", "--type", "process", "--install-policy", "never"),
+        *("--limit", str(at_once)),
+    ]
+    # `python` in prefect.yaml is to be this one.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    here = {CLONE: str(clone.resolve()), "PATH": path}
+    environment = {**os.environ, **QUIET, **PATIENT, **here}
+    return supervisor.start(command, environment, None)
+
+
+def try_out(say: Callable[[str], None]) -> None:
+    """Be a server and two workers on this machine until SIGTERM or SIGINT.
+
+    Args:
+        say: is told what to do with them.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with own_server(HOME) as url, Supervisor() as supervisor:
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            deploy(api_at_once=2)
+        os.environ["PREFECT_API_URL"] = url
+        workers = [start_worker(supervisor, "cpu", HOME / f"clone-{i}") for i in (1, 2)]
+        say(
+            f"a Prefect server and two workers are up; in another terminal:\n"
+            f"  PREFECT_API_URL={url} python -m flows.pipeline --pools --only cpu"
+        )
+        for worker in workers:
+            worker.wait()
+
+
+def require_server() -> None:
+    """Refuse to go on without a server that others speak to as well."""
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise ValueError(
+            "PREFECT_API_URL: workers and coordinators need a server of theirs, got nothing; "
+            "start `prefect server start` or `make cluster`, and set it to that server's /api"
+        )

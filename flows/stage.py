@@ -1,0 +1,52 @@
+"""What a worker does: one stage, in a worktree of its own clone, its data by DVC's remote.
+
+The deployments prefopt-stage/cpu, gpu and api of prefect.yaml are this flow. Environment of the
+worker: PREFOPT_CLONE, its clone (./clone, made if it is not there); PREFOPT_SHARED, a folder of
+all workers, where a stage finds the checkpoints of a worker that died (the clone's own otherwise).
+"""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.clones import git, own_clone, publish_lock, worktree
+from flows.graph import Demands
+from flows.reproduce import BusyError, dvc_task, reproduce_stage, run_dvc, stage_environment
+from flows.supervise import Supervisor, end_with_parent
+
+
+@flow(name="prefopt-stage", persist_result=False)
+def run_stage(
+    stage: str, ref: str, commit: str, origin: str, pool: str, gpus: int, retries: int
+) -> None:
+    """Bring one stage up to date, push what it left, and dvc.lock as the ref `REF/FLOW-RUN`.
+
+    Args:
+        stage: its name; the stages that it needs are up to date in the commit.
+        ref: of the run of the pipeline.
+        commit: of that ref, with dvc.lock as far as the run has got.
+        origin: where git finds both.
+        pool: of the stage; see `Demands`.
+        gpus: that it is to have alone.
+        retries: of the stage, if it fails.
+    """
+    end_with_parent()  # What the worker no longer watches is to end.
+    clone = own_clone(origin)
+    git(clone, "fetch", "--quiet", "--force", origin, f"+{ref}:{ref}")
+    run = str(flow_run.id)
+    environment = stage_environment(run)
+    environment.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{clone}/mlflow.db")
+    with worktree(clone, commit, run) as tree, Supervisor() as supervisor:
+        named = reproduce_stage.with_options(task_run_name=stage)
+        named(stage, Demands(pool, gpus, retries), environment, supervisor, folder=tree, pull=True)
+        push(stage, environment, supervisor, tree)
+        publish_lock(tree, f"{ref}-{run}", origin=origin)
+
+
+@dvc_task
+def push(stage: str, environment: dict[str, str], supervisor: Supervisor, tree: Path) -> None:
+    """Push what the stage left, and its entry of the run cache, to DVC's remote."""
+    dvc = run_dvc(["push", "--run-cache", stage], environment, supervisor, tree)
+    if dvc.status != 0:
+        raise BusyError(f"stage '{stage}': its outputs are not at the remote, got {dvc.reason}")

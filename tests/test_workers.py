@@ -1,0 +1,293 @@
+"""Workers on many machines: clones that share git, an S3 bucket, and a Prefect server.
+
+Everything is real: workers, server, git, DVC and moto's S3 server, on the loopback. A machine's
+loss is a SIGKILL of all that a worker started.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from conftest import PROJECT
+from moto.server import ThreadedMotoServer
+from test_flows import cancel, last_flow_run, run, wait_until
+
+DVC_YAML = """\
+stages:
+  prepare:
+    cmd: python stage.py prepare data.txt prepared.txt
+    deps: [data.txt, stage.py]
+    outs: [prepared.txt]
+  train:
+    foreach: ${runs}
+    do:
+      cmd: python stage.py train-${key} prepared.txt models/${key}.txt
+      params: ["runs.${key}"]
+      meta: {gpus: 1}
+      deps: [prepared.txt]
+      outs: ["models/${key}.txt"]
+  report:
+    cmd: python stage.py report models report.txt
+    deps: [models]
+    meta: {pool: cpu}
+    outs: [report.txt]
+"""
+
+# Ten steps, each a checkpoint; FAULTS is a folder that says which stage is to be slow.
+STAGE = """\
+import os, pathlib, sys, time
+name, source, target = sys.argv[1:]
+faults = pathlib.Path(os.environ["FAULTS"])
+checkpoint = pathlib.Path(".prefopt") / name
+checkpoint.parent.mkdir(exist_ok=True)
+with open(faults / "log", "a") as log:
+    for step in range(int(checkpoint.read_text()) if checkpoint.exists() else 0, 10):
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or None
+        print(name, step, gpus, os.getcwd(), file=log, flush=True)
+        checkpoint.write_text(str(step + 1))
+        while (faults / f"{name}-{step}").exists():
+            time.sleep(0.1)
+checkpoint.unlink()
+path = pathlib.Path(source)
+files = sorted(path.iterdir()) if path.is_dir() else [path]
+pathlib.Path(target).parent.mkdir(exist_ok=True)
+pathlib.Path(target).write_text("".join(file.read_text() for file in files) + name + "\\n")
+"""
+
+
+class Machines:
+    """A workspace, its bare origin, and the clones of workers."""
+
+    def __init__(self, folder: Path, server: str, bucket: ThreadedMotoServer) -> None:
+        self.folder, self.server, self.bucket = folder, server, bucket
+        self.workspace, self.faults = folder / "workspace", folder / "faults"
+        self.faults.mkdir()
+        (folder / "shared").mkdir()
+        self.environment = {
+            "PYTHONPATH": str(PROJECT),
+            "PREFECT_API_URL": server,
+            "PREFECT_HOME": str(folder / "home"),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_HEARTBEAT_SECONDS": "5",
+            "PREFOPT_SHARED": str(folder / "shared"),
+            "FAULTS": str(self.faults),
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
+        }
+        host, port = bucket.get_host_and_port()
+        self._create(f"http://{host}:{port}")
+
+    def _create(self, endpoint: str) -> None:
+        self.workspace.mkdir()
+        (self.workspace / "dvc.yaml").write_text(DVC_YAML)
+        (self.workspace / "stage.py").write_text(STAGE)
+        (self.workspace / "data.txt").write_text("data\n")
+        (self.workspace / ".gitignore").write_text("models/\n.prefopt\n/*.txt\n!data.txt\n")
+        self.git("init", "--quiet")
+        self.dvc("init", "--quiet")
+        self.dvc("remote", "add", "--default", "store", "s3://bucket/store")
+        self.dvc("remote", "modify", "store", "endpointurl", endpoint)
+        self.git("init", "--quiet", "--bare", str(self.folder / "origin"))
+        self.git("remote", "add", "origin", str(self.folder / "origin"))
+        self.commit(a=1, b=1)
+
+    def commit(self, **runs: int) -> None:
+        """New parameters of the runs."""
+        lines = [f"  {name}: {value}\n" for name, value in runs.items()]
+        (self.workspace / "params.yaml").write_text("runs:\n" + "".join(lines))
+        self.git("add", ".")
+        self.git(*("-c", "user.name=t", "-c", "user.email=t@localhost"), "commit", "-qm", "runs")
+        self.git("push", "--quiet", "origin", "HEAD")
+
+    def git(self, *arguments: str) -> str:
+        done = run(self.workspace, "git", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def dvc(self, *arguments: str) -> str:
+        done = run(self.workspace, sys.executable, "-m", "dvc", *arguments, **self.environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    @contextmanager
+    def worker(self, pool: str, clone: str, gpu: str = "") -> Generator[psutil.Process, None, None]:
+        """`prefopt worker`, as a person would start it on a machine."""
+        command = [sys.executable, "-m", "flows.cli", "worker", pool]
+        with open(self.folder / f"{clone}-{pool}.log", "w") as log:
+            process = psutil.Popen(
+                [*command, "--clone", str(self.folder / clone)],
+                cwd=self.folder,
+                env={**os.environ, **self.environment, "CUDA_VISIBLE_DEVICES": gpu},
+                stdout=log,
+                stderr=log,
+            )
+            try:
+                yield process
+            finally:
+                process.terminate()
+                process.wait(30)
+
+    @contextmanager
+    def coordinator(self) -> Generator[subprocess.Popen[bytes], None, None]:
+        command = [sys.executable, "-m", "flows.pipeline", "--pools"]
+        environment = {**os.environ, **self.environment}
+        with (
+            open(self.folder / "coordinator.log", "w") as log,
+            subprocess.Popen(
+                command, cwd=self.workspace, env=environment, stdout=log, stderr=log
+            ) as process,
+        ):
+            try:
+                yield process
+            finally:
+                process.terminate()
+
+    def run_to_the_end(self) -> None:
+        with self.coordinator() as process:
+            self.expect(process, 0)
+
+    def expect(self, coordinator: subprocess.Popen[bytes], status: int) -> str:
+        """Wait for the end of a coordinator; gives what it said."""
+        ended = coordinator.wait(600)
+        said = (self.folder / "coordinator.log").read_text()
+        assert ended == status, said[-4000:]
+        return said
+
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in self.folder.glob("*.log"))
+
+    def steps(self, stage: str) -> list[tuple[int, str, str]]:
+        """Of what was executed of a stage: step, GPUs, machine."""
+        lines = [line.split() for line in (self.faults / "log").read_text().splitlines()]
+        return [
+            (int(step), gpus, Path(folder).relative_to(self.folder).parts[0])
+            for name, step, gpus, folder in lines
+            if name == stage
+        ]
+
+    def serial_lock(self) -> bytes:
+        """What one machine's `dvc repro` makes of the workspace as it was committed."""
+        serial = Path(shutil.copytree(self.workspace, self.folder / f"serial-{time.time_ns()}"))
+        faults = self.folder / "none"
+        faults.mkdir(exist_ok=True)
+        done = run(serial, sys.executable, "-m", "dvc", "repro", FAULTS=str(faults))
+        assert done.returncode == 0, done.stderr
+        return (serial / "dvc.lock").read_bytes()
+
+
+def server_of_s3() -> ThreadedMotoServer:
+    """Moto's; what it stores stays in this process when it stops."""
+    return ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def machines(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    bucket = server_of_s3()
+    with ExitStack() as stack:
+        bucket.start()
+        stack.callback(bucket.stop)
+        host, port = bucket.get_host_and_port()
+        created = httpx.put(f"http://{host}:{port}/bucket", trust_env=False)
+        assert created.status_code == 200
+        machines = Machines(tmp_path_factory.mktemp("machines"), server, bucket)
+        deployed = run(PROJECT, sys.executable, "-m", "flows.cli", "deploy", **machines.environment)
+        assert deployed.returncode == 0, deployed.stderr
+        stack.enter_context(machines.worker("cpu", "one"))
+        machines.gpu_worker = stack.enter_context(machines.worker("gpu", "two", "1"))
+        yield machines
+
+
+def test_workers_in_two_clones_leave_the_lock_that_one_machine_leaves(machines: Machines) -> None:
+    serial = machines.serial_lock()
+
+    machines.run_to_the_end()
+
+    assert (machines.workspace / "dvc.lock").read_bytes() == serial
+    # Each stage went to its pool, was executed once, and saw the GPU of its worker alone.
+    assert machines.steps("prepare") == [(step, "None", "one") for step in range(10)]
+    assert machines.steps("train-a") == [(step, "1", "two") for step in range(10)]
+    assert machines.steps("report") == [(step, "None", "one") for step in range(10)]
+    machines.dvc("pull")
+    assert (machines.workspace / "report.txt").read_text().endswith("report\n")
+    assert machines.git("ls-remote", "origin", "refs/prefopt/*") == ""
+    assert machines.git("status", "--porcelain", "--untracked-files=no") == ""
+
+
+def slow(machines: Machines, stage: str, step: int) -> Path:
+    """Have a stage stay at a step until what is returned is removed."""
+    fault = machines.faults / f"{stage}-{step}"
+    fault.touch()
+    return fault
+
+
+def test_a_remote_that_is_away_during_the_push_is_tried_again(machines: Machines) -> None:
+    machines.commit(a=3, b=1)
+    before = len(machines.steps("train-a"))
+    fault = slow(machines, "train-a", 9)
+    with machines.coordinator() as coordinator:
+        wait_until(lambda: [s for s, *_ in machines.steps("train-a")[before:]][-1:] == [9], 300)
+        machines.bucket.stop()
+        fault.unlink()
+        wait_until(lambda: "not at the remote" in machines.logs(), 300)
+        machines.bucket.start()
+        machines.expect(coordinator, 0)
+    # The stage itself was executed once.
+    assert [step for step, *_ in machines.steps("train-a")[before:]] == list(range(10))
+    assert (machines.workspace / "dvc.lock").read_bytes() == machines.serial_lock()
+
+
+def test_a_run_that_is_cancelled_ends_its_stages_and_the_next_goes_on(machines: Machines) -> None:
+    machines.commit(a=3, b=2)
+    before = len(machines.steps("train-b"))
+    fault = slow(machines, "train-b", 3)
+    with machines.coordinator() as coordinator:
+        wait_until(lambda: [s for s, *_ in machines.steps("train-b")[before:]][-1:] == [3], 300)
+        cancel(machines.server, last_flow_run(machines.server, "prefopt-pools")["id"])
+        machines.expect(coordinator, 1)
+    assert last_flow_run(machines.server, "prefopt-pools")["state_type"] == "CANCELLED"
+    wait_until(
+        lambda: last_flow_run(machines.server, "prefopt-stage")["state_type"] == "CANCELLED", 120
+    )
+    fault.unlink()
+    machines.run_to_the_end()
+    # It went on where the cancelled one was.
+    assert [step for step, *_ in machines.steps("train-b")[before:]] == list(range(10))
+    assert (machines.workspace / "dvc.lock").read_bytes() == machines.serial_lock()
+
+
+def test_a_lost_machines_stage_goes_to_another_and_on_from_its_checkpoint(
+    machines: Machines,
+) -> None:
+    machines.commit(a=4, b=2)
+    serial = machines.serial_lock()
+    before = len(machines.steps("train-a"))
+    fault = slow(machines, "train-a", 4)
+    with machines.coordinator() as coordinator:
+        wait_until(lambda: machines.steps("train-a")[before:][-1:] == [(4, "1", "two")], 300)
+        with machines.worker("gpu", "three", "0"):
+            for process in [machines.gpu_worker, *machines.gpu_worker.children(recursive=True)]:
+                process.kill()
+            fault.unlink()
+            said = machines.expect(coordinator, 0)
+    assert "fell silent; the stage goes to another worker" in said
+    steps = machines.steps("train-a")[before:]
+    assert steps == [
+        *((step, "1", "two") for step in range(5)),
+        *((step, "0", "three") for step in range(5, 10)),
+    ]
+    assert (machines.workspace / "dvc.lock").read_bytes() == serial
