@@ -1,7 +1,7 @@
 """The report's figures: the same bytes for the same results, on light and dark pages."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 
 from stages.families import sweeps
 from stages.params import Params
-from stages.results import COLOURS, OPPONENTS, Reference, Result
+from stages.results import COLOURS, MARKERS, OPPONENTS, Reference, Result
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -84,6 +84,7 @@ def draw(
     results: Sequence[Result],
     reference: Reference,
     comparison: dict[str, Any],
+    reward_models: Mapping[str, Any],
 ) -> list[str]:
     """Write every figure as an SVG file; returns their names."""
     with rc_context(STYLE_OF_FIGURES):
@@ -101,6 +102,8 @@ def draw(
             drawn["measures"] = draw_measures(results, measures)
         if "revisions" in results[0].metrics:
             drawn["revisions"] = draw_revisions(params, results)
+        if reward_models:
+            drawn["reliability"] = draw_reliability(reward_models)
         for name, figure in drawn.items():
             save(figure, directory / f"{name}.svg")
     return list(drawn)
@@ -436,6 +439,35 @@ def draw_revisions(params: Params, results: Sequence[Result]) -> Figure:
         axes.set_title(f"{split}, {where}")
     grid[0].set_ylabel(f"win rate over gold by {judge}")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def draw_reliability(reward_models: Mapping[str, Any]) -> Figure:
+    """How often each reward model's predictions on held-out pairs came true, by confidence."""
+    figure = new_figure(4.6, 3.4)
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
+    for number, (name, metrics) in enumerate(reward_models.items()):
+        bins = metrics["reliability"]
+        confidence, correct = ([each[key] for each in bins] for key in ("confidence", "correct"))
+        spread = [
+            [each["correct"] - each["low"] for each in bins],
+            [each["high"] - each["correct"] for each in bins],
+        ]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        axes.errorbar(confidence, correct, spread, color=colour, linewidth=1.2, label=name)
+        for each in bins:
+            (point,) = axes.plot(
+                each["confidence"], each["correct"], color=colour, marker=marker, markersize=5
+            )
+            tell(
+                point,
+                f"{name}: {each['num_pairs']:.0f} pairs, confidence {each['confidence']:.2f}, came "
+                f"true {each['correct']:.2f}, 95% interval {each['low']:.2f} to {each['high']:.2f}",
+            )
+    axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="confidence", ylabel="came true")
+    axes.grid(axis="y")
+    axes.legend(loc="lower right")
     return figure
 
 

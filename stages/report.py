@@ -44,6 +44,7 @@ from stages.results import (
     load_comparison,
     load_reference,
     load_results,
+    load_reward_models,
 )
 from stages.tables import (
     NO_DIFFERENCE,
@@ -101,7 +102,8 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
     figures.mkdir(parents=True)
     (directory / "results.md").write_text(markdown(params, results, columns))
     (directory / "results.txt").write_text(summary(params, results))
-    drawn = draw(figures, params, results, reference, comparison)
+    reward_models = load_reward_models(params)
+    drawn = draw(figures, params, results, reference, comparison, reward_models)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -135,6 +137,7 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
         prompts=map_table(PROMPTS, PROMPTS_SCHEMA)["text"],
         agreements=agreements(params, results),
         cards=load_cards(params),
+        reward_models=reward_models,
         resolved=dump_yaml(params.model_dump()),
         digests={str(path): digest(path) for path in inputs},
         style=Markup(STYLE.read_text()),

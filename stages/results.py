@@ -19,6 +19,8 @@ from stages.artefacts import (
     looks_of,
     metrics_of,
     read_table,
+    reliability_of,
+    reward_metrics_of,
 )
 from stages.families import specification, sweeps
 from stages.params import Params
@@ -108,7 +110,13 @@ def inputs_of(params: Params) -> list[Path]:
         found += [metrics_of(name), curve_of(name), looks_of(name)]
         found += [generations_of(name)] if generations_of(name).exists() else []
     cards = [card_of(judge) for judge in params.evaluation.judges]
-    return [*found, *(card for card in cards if card.exists())]
+    rewards = [p for name in params.reward_models for p in reward_files(name)]
+    return [*found, *(path for path in [*cards, *rewards] if path.exists())]
+
+
+def reward_files(name: str) -> tuple[Path, Path]:
+    """What is measured of a reward model, and its reliability diagram."""
+    return reward_metrics_of(name), reliability_of(name)
 
 
 def load_results(params: Params) -> list[Result]:
@@ -197,3 +205,15 @@ def load_cards(params: Params) -> dict[str, dict[str, Any]]:
         for judge in params.evaluation.judges
         if card_of(judge).exists()
     }
+
+
+def load_reward_models(params: Params) -> dict[str, dict[str, Any]]:
+    """Reward model -> its metrics with its `reliability`, of those that were trained."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in params.reward_models:
+        metrics, reliability = reward_files(name)
+        if metrics.exists():
+            with open(reliability, newline="") as file:
+                bins = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            found[name] = json.loads(metrics.read_text()) | {"reliability": bins}
+    return found

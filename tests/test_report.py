@@ -43,6 +43,8 @@ from stages.artefacts import (
     looks_of,
     metrics_of,
     read_table,
+    reliability_of,
+    reward_metrics_of,
     samples_of,
     write_table,
 )
@@ -96,6 +98,7 @@ def build(runs: dict[str, dict[str, Any]], *, rounds: int, rich: bool) -> None:
     program(compare)
     if rich:
         write_card("textblob")
+        write_reward_model("learned")
     program(report)
 
 
@@ -231,6 +234,24 @@ def write_card(judge: str) -> None:
     card_of(judge).write_text(json.dumps(card))
 
 
+def write_reward_model(name: str) -> None:
+    metrics = {
+        "accuracy": {"value": 0.71, "low": 0.64, "high": 0.77, "standard_error": 0.03},
+        "loss": 0.6,
+        "calibration_error": 0.042,
+        "length": {
+            "correlation": None, "model_prefers_longer": 0.5, "labels_prefer_longer": 0.44
+        },
+        "pairs": {"trained": 500, "held_out": 120, "held_out_openings": 120, "texts_cut": 0},
+    }  # fmt: skip
+    for path in (reward_metrics_of(name), reliability_of(name)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    reward_metrics_of(name).write_text(json.dumps(metrics))
+    rows = ["0.55,0.6,0.5,0.7,70", "0.83,0.8,0.7,0.9,50"]
+    text = "\n".join(["confidence,correct,low,high,num_pairs", *rows])
+    reliability_of(name).write_text(text + "\n")
+
+
 @contextlib.contextmanager
 def inside(folder: Path) -> Generator[None, None, None]:
     """Work in a folder where judgements have the words of `write_words`."""
@@ -312,6 +333,8 @@ def test_what_is_there_only_at_times_is_shown_when_it_is_there(page: str) -> Non
         "textblob: verdicts by label",
         "verdicts are missing: the bounds",
         "unparsed, against SFT",
+        "learned: 70 pairs, confidence 0.55, came true 0.60, 95% interval 0.50 to 0.70",
+        "labels prefer the longer",
     ):
         assert shown in page
 
@@ -334,6 +357,7 @@ def test_a_plain_comparison_has_no_trace_of_what_is_not_there(
         "Run against run",
         "validation pairs",
         "by label",
+        "reliability",
     ):
         assert absent not in page
     assert "No verdict is missing." in page
