@@ -35,8 +35,7 @@ def run_stage(
     clone = own_clone(origin)
     git(clone, "fetch", "--quiet", "--force", origin, f"+{ref}:{ref}")
     run = str(flow_run.id)
-    environment = stage_environment(run)
-    environment.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{clone}/mlflow.db")
+    environment = stage_environment(run, clone)
     with worktree(clone, commit, run) as tree, Supervisor() as supervisor:
         named = reproduce_stage.with_options(task_run_name=stage)
         named(stage, Demands(pool, gpus, retries), environment, supervisor, folder=tree, pull=True)

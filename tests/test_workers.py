@@ -71,7 +71,8 @@ class Machines:
         self.folder, self.server, self.bucket = folder, server, bucket
         self.workspace, self.faults = folder / "workspace", folder / "faults"
         self.faults.mkdir()
-        (folder / "shared").mkdir()
+        for name in ("shared", "tmp"):
+            (folder / name).mkdir()
         self.environment = {
             "PYTHONPATH": str(PROJECT),
             "PREFECT_API_URL": server,
@@ -80,6 +81,7 @@ class Machines:
             "PREFECT_WORKER_HEARTBEAT_SECONDS": "5",
             "PREFOPT_SHARED": str(folder / "shared"),
             "FAULTS": str(self.faults),
+            "TMPDIR": str(folder / "tmp"),
             "AWS_ACCESS_KEY_ID": "x",
             "AWS_SECRET_ACCESS_KEY": "x",
         }
@@ -224,7 +226,9 @@ def test_workers_in_two_clones_leave_the_lock_that_one_machine_leaves(machines: 
     assert machines.steps("report") == [(step, "None", "one") for step in range(10)]
     machines.dvc("pull")
     assert (machines.workspace / "report.txt").read_text().endswith("report\n")
+    # Nothing of the run is left behind.
     assert machines.git("ls-remote", "origin", "refs/prefopt/*") == ""
+    assert [*(machines.folder / "two/.prefopt/worktrees").iterdir()] == []
     assert machines.git("status", "--porcelain", "--untracked-files=no") == ""
 
 
