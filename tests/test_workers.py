@@ -295,3 +295,24 @@ def test_a_lost_machines_stage_goes_to_another_and_on_from_its_checkpoint(
         *((step, "0", "three") for step in range(5, 10)),
     ]
     assert (machines.workspace / "dvc.lock").read_bytes() == serial
+
+
+def test_the_cluster_to_try_it_comes_up_and_ends_without_a_trace(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if "PREFECT" not in key}
+    home = {"PREFECT_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PROJECT)}
+    with open(tmp_path / "log", "w") as log:
+        cluster = psutil.Popen(
+            [sys.executable, "-m", "flows.cli", "cluster"],
+            cwd=tmp_path,
+            env=environment | home,
+            stdout=log,
+            stderr=log,
+        )
+        wait_until(lambda: (tmp_path / "log").read_text().count("started!") == 2, 300)
+        said = (tmp_path / "log").read_text()
+        started = cluster.children(recursive=True)
+        cluster.terminate()
+        assert cluster.wait(60) == 0
+    assert "python -m flows.pipeline --pools --only cpu" in said
+    assert len(started) >= 6  # A server and two workers, each with its keeper.
+    assert not any(process.is_running() for process in started)
