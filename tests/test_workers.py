@@ -247,7 +247,7 @@ def test_a_remote_that_is_away_during_the_push_is_tried_again(machines: Machines
         wait_until(lambda: [s for s, *_ in machines.steps("train-a")[before:]][-1:] == [9], 300)
         machines.bucket.stop()
         fault.unlink()
-        wait_until(lambda: "not at the remote" in machines.logs(), 300)
+        wait_until(lambda: "`dvc push" in machines.logs(), 300)
         machines.bucket.start()
         machines.expect(coordinator, 0)
     # The stage itself was executed once.
