@@ -8,6 +8,7 @@ one that `dvc repro` on one machine leaves. If a worker dies, its stage goes to 
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import UUID
@@ -81,7 +82,8 @@ class Coordinator:
     def close(self) -> None:
         """Cancel who still runs, and remove the refs."""
         self.ended = True
-        with get_client(sync_client=True) as client:
+        # A server that is away has no workers that listen.
+        with get_client(sync_client=True) as client, suppress(*AWAY):
             for child in self._children:
                 client.set_flow_run_state(child, Cancelling())
         remove_refs(self.root, f"{self.ref}*", origin=self.origin)
