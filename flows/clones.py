@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from flows.graph import LOCK
+from flows.locks import try_hold
 
 REFS = "refs/prefopt"
 SCRATCH = ".prefopt"  # checkpoints, caches, journals, of all worktrees of a clone
@@ -127,12 +128,12 @@ def own_clone(origin: str) -> Path:
 def worktree(clone: Path, revision: str, name: str) -> Generator[Path, None, None]:
     """A commit checked out beside the clone's own, with its DVC cache and scratch folder.
 
-    What a killed run left under the same name is removed first.
+    What killed runs left is removed first.
 
     Args:
         clone: a repository.
         revision: what to check out.
-        name: of the folder.
+        name: of the folder, which nobody else has now.
     """
     from dvc.config import Config
     from dvc.repo import Repo
@@ -140,10 +141,17 @@ def worktree(clone: Path, revision: str, name: str) -> Generator[Path, None, Non
     clone = clone.resolve()
     scratch = Path(os.environ.get(SHARED, clone / SCRATCH)).absolute()
     scratch.mkdir(parents=True, exist_ok=True)
-    tree = clone / SCRATCH / "worktrees" / name
-    _remove(clone, tree)
-    git(clone, "worktree", "add", "--quiet", "--force", "--detach", str(tree), revision)
-    try:
+    trees = clone / SCRATCH / "worktrees"
+    trees.mkdir(parents=True, exist_ok=True)
+    for lock in trees.glob("*.lock"):
+        with try_hold(lock) as is_free:
+            if is_free:
+                _remove(clone, lock)
+    lock, tree = trees / f"{name}.lock", trees / name
+    with try_hold(lock) as is_ours:
+        if not is_ours:
+            raise ValueError(f"{tree}: another run works there, got a held lock; wait for it")
+        git(clone, "worktree", "add", "--quiet", "--force", "--detach", str(tree), revision)
         (tree / SCRATCH).symlink_to(scratch)
         local = clone / ".dvc/config.local"
         if local.exists():
@@ -153,13 +161,15 @@ def worktree(clone: Path, revision: str, name: str) -> Generator[Path, None, Non
         with Config(str(tree / ".dvc")).edit("local") as edited:
             config = cast(dict[str, Any], edited)
             config["cache"] = config.get("cache", {}) | {"dir": cache}
-            config["core"] = config.get("core", {}) | {"site_cache_dir": str(clone / ".dvc/tmp")}
-        yield tree
-    finally:
-        _remove(clone, tree)
+            config["core"] = config.get("core", {}) | {"site_cache_dir": str(tree / ".dvc/tmp")}
+        try:
+            yield tree
+        finally:
+            _remove(clone, lock)
 
 
-def _remove(clone: Path, tree: Path) -> None:
-    # Not by git: it refuses what it does not know, and follows no order of ours.
-    shutil.rmtree(tree, ignore_errors=True)
+def _remove(clone: Path, lock: Path) -> None:
+    # Not by git, which asks about files that it does not know.
+    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
     git(clone, "worktree", "prune")
+    lock.unlink()

@@ -102,11 +102,8 @@ def try_out(say: Callable[[str], None]) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with own_server(HOME) as url, Supervisor() as supervisor:
-        from prefect.settings import PREFECT_API_URL, temporary_settings
-
-        with temporary_settings({PREFECT_API_URL: url}):
-            deploy(api_at_once=2)
-        os.environ["PREFECT_API_URL"] = url
+        os.environ["PREFECT_API_URL"] = url  # Prefect, not yet imported, and its programs read it.
+        deploy(api_at_once=2)
         workers = [start_worker(supervisor, "cpu", HOME / f"clone-{i}") for i in (1, 2)]
         say(
             f"a Prefect server and two workers are up; in another terminal:\n"

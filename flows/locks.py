@@ -57,6 +57,13 @@ def hold_workspace(root: Path, say: Callable[[str], None]) -> Generator[int, Non
 
 
 @contextmanager
+def try_hold(path: Path) -> Generator[bool, None, None]:
+    """Hold a file's lock, if nobody else does; gives whether we do."""
+    with _opened(path) as lock:
+        yield _taken(lock)
+
+
+@contextmanager
 def hold_gpus(count: int, ended: Callable[[], bool]) -> Generator[Slots, None, None]:
     """Hold so many of the GPUs that we may see, and wait for them if need be.
 

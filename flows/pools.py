@@ -7,6 +7,8 @@ one that `dvc repro` on one machine leaves. If a worker dies, its stage goes to 
 
 import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import UUID
@@ -51,7 +53,7 @@ class Coordinator:
         self._lock = threading.Lock()
         self._children: set[UUID] = set()
 
-    def start(self, name: str, demands: Demands) -> UUID:
+    def start(self, name: str, needs: Iterable[str], demands: Demands) -> UUID:
         """Have the stage run by the next free worker of its pool; gives its flow run."""
         with self._lock:
             commit = publish_lock(self.root, self.ref, origin=self.origin)
@@ -59,7 +61,7 @@ class Coordinator:
         started = run_deployment(
             f"prefopt-stage/{demands.pool}",
             flow_run_name=name,
-            parameters={"stage": name, **place, **asdict(demands)},
+            parameters={"stage": name, "needs": sorted(needs), **place, **asdict(demands)},
             timeout=0,
         )
         assert isinstance(started, FlowRun)
@@ -80,7 +82,8 @@ class Coordinator:
     def close(self) -> None:
         """Cancel who still runs, and remove the refs."""
         self.ended = True
-        with get_client(sync_client=True) as client:
+        # A server that is away has no workers that listen.
+        with get_client(sync_client=True) as client, suppress(*AWAY):
             for child in self._children:
                 client.set_flow_run_state(child, Cancelling())
         remove_refs(self.root, f"{self.ref}*", origin=self.origin)
@@ -109,7 +112,7 @@ def distribute(root: str = ".", only: str | None = None) -> State[None]:
 
         def submit(name: str) -> PrefectFuture[None]:
             named = dispatch_stage.with_options(task_run_name=name)
-            return named.submit(name, plan.demands[name], coordinator)
+            return named.submit(name, plan.needs[name], plan.demands[name], coordinator)
 
         try:
             return run_plan(plan, MOST, submit)
@@ -119,11 +122,13 @@ def distribute(root: str = ".", only: str | None = None) -> State[None]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def dispatch_stage(name: str, demands: Demands, coordinator: Coordinator) -> None:
+def dispatch_stage(
+    name: str, needs: frozenset[str], demands: Demands, coordinator: Coordinator
+) -> None:
     """Have a worker run the stage; if the worker dies, another."""
     deaths = 0
     while True:
-        child = coordinator.start(name, demands)
+        child = coordinator.start(name, needs, demands)
         state = _end_of(child, demands.pool, coordinator)
         coordinator.forget(child)
         if state.is_completed():

@@ -66,7 +66,7 @@ def reproduce(root: str = ".", concurrency: int = 2) -> State[None]:
     folder = Path(root)
     with hold_workspace(folder, get_run_logger().info) as lock:
         plan = read_plan(folder)
-        environment = stage_environment(str(flow_run.id))
+        environment = stage_environment(str(flow_run.id), Path.cwd())
         try:
             with Supervisor([lock]) as supervisor:
 
@@ -130,12 +130,19 @@ def _is_cancelled() -> bool:
     return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
-def stage_environment(flow_run_id: str) -> dict[str, str]:
-    """Our environment, less Prefect's settings: a stage knows of the flow by its id only."""
+def stage_environment(flow_run_id: str, home: Path) -> dict[str, str]:
+    """Our environment, less Prefect's settings: a stage knows of the flow by its id only.
+
+    Args:
+        flow_run_id: of the flow.
+        home: where MLflow's file lies, if no server is set; it outlives a worktree.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     # `python` in dvc.yaml is to be this Python, whether or not its environment is activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
-    return kept | {"PATH": path, "PREFOPT_FLOW_RUN_ID": flow_run_id, "TQDM_DISABLE": "1"}
+    tracked = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
+    ours = {"PATH": path, "PREFOPT_FLOW_RUN_ID": flow_run_id, "TQDM_DISABLE": "1"}
+    return tracked | kept | ours
 
 
 def _may_succeed_later(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

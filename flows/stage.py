@@ -18,12 +18,20 @@ from flows.supervise import Supervisor, end_with_parent
 
 @flow(name="prefopt-stage", persist_result=False)
 def run_stage(
-    stage: str, ref: str, commit: str, origin: str, pool: str, gpus: int, retries: int
+    stage: str,
+    needs: list[str],
+    ref: str,
+    commit: str,
+    origin: str,
+    pool: str,
+    gpus: int,
+    retries: int,
 ) -> None:
-    """Bring one stage up to date, push what it left, and dvc.lock as the ref `REF/FLOW-RUN`.
+    """Bring one stage up to date, push what it left, and dvc.lock as the ref `REF-FLOW_RUN`.
 
     Args:
-        stage: its name; the stages that it needs are up to date in the commit.
+        stage: its name.
+        needs: the stages whose outputs it reads; they are up to date in the commit.
         ref: of the run of the pipeline.
         commit: of that ref, with dvc.lock as far as the run has got.
         origin: where git finds both.
@@ -35,18 +43,28 @@ def run_stage(
     clone = own_clone(origin)
     git(clone, "fetch", "--quiet", "--force", origin, f"+{ref}:{ref}")
     run = str(flow_run.id)
-    environment = stage_environment(run)
-    environment.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{clone}/mlflow.db")
+    environment = stage_environment(run, clone)
     with worktree(clone, commit, run) as tree, Supervisor() as supervisor:
-        named = reproduce_stage.with_options(task_run_name=stage)
-        named(stage, Demands(pool, gpus, retries), environment, supervisor, folder=tree, pull=True)
-        push(stage, environment, supervisor, tree)
+        if needs:
+            # Of the stages, because DVC does not pull a folder that several outputs lie in.
+            exchange.with_options(task_run_name="pull")(
+                ["pull", *needs], environment, supervisor, tree
+            )
+        demands = Demands(pool, gpus, retries)
+        reproduce_stage.with_options(task_run_name=stage)(
+            stage, demands, environment, supervisor, folder=tree, pull=True
+        )
+        exchange.with_options(task_run_name="push")(
+            ["push", "--run-cache", stage], environment, supervisor, tree
+        )
         publish_lock(tree, f"{ref}-{run}", origin=origin)
 
 
 @dvc_task
-def push(stage: str, environment: dict[str, str], supervisor: Supervisor, tree: Path) -> None:
-    """Push what the stage left, and its entry of the run cache, to DVC's remote."""
-    dvc = run_dvc(["push", "--run-cache", stage], environment, supervisor, tree)
+def exchange(
+    command: list[str], environment: dict[str, str], supervisor: Supervisor, tree: Path
+) -> None:
+    """Exchange data, and entries of the run cache, with DVC's remote; it may be away for a time."""
+    dvc = run_dvc(command, environment, supervisor, tree)
     if dvc.status != 0:
-        raise BusyError(f"stage '{stage}': its outputs are not at the remote, got {dvc.reason}")
+        raise BusyError(f"remote: `dvc {' '.join(command)}` failed, got {dvc.reason}")

@@ -12,6 +12,7 @@ import pytest
 from conftest import PROJECT
 from test_flows import new_project, run, wait_until
 
+from flows.clones import worktree
 from flows.locks import hold_gpus
 
 # A stage that says when it held which GPUs; its supervisor holds them for it.
@@ -23,6 +24,7 @@ print(start, time.time(), os.environ["CUDA_VISIBLE_DEVICES"], file=open(sys.argv
 """
 HOLDER = """\
 import os, sys
+from flows.clones import worktree
 from flows.locks import hold_gpus
 from flows.supervise import Supervisor
 count, *command = sys.argv[1:]
@@ -95,6 +97,38 @@ def test_a_gpu_of_a_killed_flow_is_free_when_the_stage_has_ended_and_not_before(
         with hold_gpus(1, lambda: False) as slots:
             assert slots.devices == ("0",)
             assert not stage.is_running()
+
+
+def test_a_worktree_that_a_killed_run_left_is_swept_and_one_in_use_is_not(tmp_path: Path) -> None:
+    project = new_project(tmp_path / "project", b="1")
+    run(project, "git", "add", ".")
+    run(
+        project, "git", *("-c", "user.name=t", "-c", "user.email=t@localhost"), "commit", "-qm", "1"
+    )
+    program = (
+        "import pathlib, sys, time; from flows.clones import worktree\n"
+        "with worktree(pathlib.Path(), 'HEAD', sys.argv[1]): time.sleep(600)"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, name],
+            cwd=project,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        )
+        for name in ("killed", "living")
+    ]
+    trees = project / ".prefopt/worktrees"
+    wait_until(
+        lambda: all((trees / n / ".dvc/config.local").exists() for n in ("killed", "living")), 60
+    )
+    both[0].kill()
+    both[0].wait()
+    with worktree(project, "HEAD", "next") as tree:
+        assert (tree / "dvc.yaml").exists()
+        assert (trees / "living/dvc.yaml").exists()
+        assert not (trees / "killed").exists()
+    both[1].kill()
+    both[1].wait()
 
 
 def test_more_gpus_than_are_seen_are_refused_and_none_are_asked_of_a_cpu(

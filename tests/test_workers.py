@@ -71,7 +71,8 @@ class Machines:
         self.folder, self.server, self.bucket = folder, server, bucket
         self.workspace, self.faults = folder / "workspace", folder / "faults"
         self.faults.mkdir()
-        (folder / "shared").mkdir()
+        for name in ("shared", "tmp"):
+            (folder / name).mkdir()
         self.environment = {
             "PYTHONPATH": str(PROJECT),
             "PREFECT_API_URL": server,
@@ -80,6 +81,7 @@ class Machines:
             "PREFECT_WORKER_HEARTBEAT_SECONDS": "5",
             "PREFOPT_SHARED": str(folder / "shared"),
             "FAULTS": str(self.faults),
+            "TMPDIR": str(folder / "tmp"),
             "AWS_ACCESS_KEY_ID": "x",
             "AWS_SECRET_ACCESS_KEY": "x",
         }
@@ -224,7 +226,9 @@ def test_workers_in_two_clones_leave_the_lock_that_one_machine_leaves(machines: 
     assert machines.steps("report") == [(step, "None", "one") for step in range(10)]
     machines.dvc("pull")
     assert (machines.workspace / "report.txt").read_text().endswith("report\n")
+    # Nothing of the run is left behind.
     assert machines.git("ls-remote", "origin", "refs/prefopt/*") == ""
+    assert [*(machines.folder / "two/.prefopt/worktrees").iterdir()] == []
     assert machines.git("status", "--porcelain", "--untracked-files=no") == ""
 
 
@@ -243,7 +247,7 @@ def test_a_remote_that_is_away_during_the_push_is_tried_again(machines: Machines
         wait_until(lambda: [s for s, *_ in machines.steps("train-a")[before:]][-1:] == [9], 300)
         machines.bucket.stop()
         fault.unlink()
-        wait_until(lambda: "not at the remote" in machines.logs(), 300)
+        wait_until(lambda: "`dvc push" in machines.logs(), 300)
         machines.bucket.start()
         machines.expect(coordinator, 0)
     # The stage itself was executed once.
@@ -291,3 +295,24 @@ def test_a_lost_machines_stage_goes_to_another_and_on_from_its_checkpoint(
         *((step, "0", "three") for step in range(5, 10)),
     ]
     assert (machines.workspace / "dvc.lock").read_bytes() == serial
+
+
+def test_the_cluster_to_try_it_comes_up_and_ends_without_a_trace(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if "PREFECT" not in key}
+    home = {"PREFECT_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PROJECT)}
+    with open(tmp_path / "log", "w") as log:
+        cluster = psutil.Popen(
+            [sys.executable, "-m", "flows.cli", "cluster"],
+            cwd=tmp_path,
+            env=environment | home,
+            stdout=log,
+            stderr=log,
+        )
+        wait_until(lambda: (tmp_path / "log").read_text().count("started!") == 2, 300)
+        said = (tmp_path / "log").read_text()
+        started = cluster.children(recursive=True)
+        cluster.terminate()
+        assert cluster.wait(60) == 0
+    assert "python -m flows.pipeline --pools --only cpu" in said
+    assert len(started) >= 6  # A server and two workers, each with its keeper.
+    assert not any(process.is_running() for process in started)
