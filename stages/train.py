@@ -1,10 +1,11 @@
-"""Train one run on its pairs: `python -m stages.train RUN`."""
+"""Train one run on its pairs or rankings: `python -m stages.train RUN`."""
 
 import argparse
 import functools
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prefopt import distributed
+from prefopt.batches import Rankings
 from prefopt.checkpoints import Metrics
 from prefopt.loop import Diverged
 from prefopt.losses.formulas import implicit_rewards, value
@@ -40,7 +42,7 @@ from stages.artefacts import (
     stage,
     write_table,
 )
-from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, pairs_within
+from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, pairs_within, table_of
 from stages.launch import Together
 from stages.params import Compute, load_params
 from stages.runs import Run, bind
@@ -71,7 +73,8 @@ def main() -> None:
         "max_completion_tokens": params.data.max_completion_tokens,
         "run": params.runs[name],
     }
-    datasets = [path for path in (PROMPTS, COMPLETIONS, PAIRS, REVISIONS) if path.exists()]
+    tables = [PROMPTS, COMPLETIONS, PAIRS, REVISIONS, table_of(run.loss.evidence)]
+    datasets = [path for path in tables if path.exists()]
     with (
         Together(compute.num_processes),
         # Around the stage, so that a training whose outputs are refused in the end is not FINISHED.
@@ -88,7 +91,7 @@ def main() -> None:
         ) as journal,
         stage(
             f"train@{name}",
-            inputs=[PROMPTS, COMPLETIONS, PAIRS, REVISIONS, REFERENCE, SFT],
+            inputs=[*tables, REFERENCE, SFT],
             outputs=[model_of(name), curve_of(name), logratios_of(name), generations_of(name)],
             params=relevant,
         ) as workspace,
@@ -101,7 +104,7 @@ def main() -> None:
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
         deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
         journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
-        steps = steps_of_pairs(evidence, run)
+        steps = steps_of(evidence, run)
         look = Look(
             functools.partial(on_validation_pairs, pair, evidence, run, compute.token_budget),
             author(pair, params, run.watch),
@@ -109,7 +112,7 @@ def main() -> None:
         )
         watched = watch(look, run.watch, len(steps))
         tokens_before = TokensBefore(evidence, run.loss.evidence, steps)
-        with naming_the_pairs_of(steps):
+        with naming_the_rows_of(steps, table_of(run.loss.evidence)):
             policy, history = train(
                 policy,
                 lambda step, cuts: objective(
@@ -154,20 +157,22 @@ def main() -> None:
         journal.write({"logratios": digest(workspace.partial(logratios_of(name)))})
 
 
-def steps_of_pairs(evidence: Evidence, run: Run) -> Steps:
-    """The training pairs of every optimiser step; they come before all others.
+def steps_of(evidence: Evidence, run: Run) -> Steps:
+    """The training pairs or rankings of every optimiser step; they come before all others.
 
     Raises:
-        ValueError: if the run selects by validation pairs, and there are none.
+        ValueError: if the run selects by validation pairs or rankings, and there are none.
     """
-    if run.watch.select != "last" and not evidence.pairs_of("validation"):
+    kind = run.loss.evidence
+    if run.watch.select != "last" and not evidence.examples_of(kind, "validation"):
         raise ValueError(
-            f"watch.select: '{run.watch.select}' reads validation pairs, got none in {PAIRS}; give "
-            "the data's validation split pairs that differ, or set select to last"
+            f"watch.select: '{run.watch.select}' reads validation pairs, got none in "
+            f"{table_of(kind)}; give the data's validation split pairs that differ, or set select "
+            "to last"
         )
-    pairs = evidence.pairs_of("train")
-    assert pairs.start == 0
-    return Steps(len(pairs), run.optimiser.batch_size, run.optimiser.num_epochs, run.seed)
+    examples = evidence.examples_of(kind, "train")
+    assert examples.start == 0
+    return Steps(len(examples), run.optimiser.batch_size, run.optimiser.num_epochs, run.seed)
 
 
 class TokensBefore:
@@ -186,12 +191,12 @@ class TokensBefore:
 
 
 @contextmanager
-def naming_the_pairs_of(steps: Steps) -> Generator[None, None, None]:
-    """Tell of a step that diverged which pairs it was of."""
+def naming_the_rows_of(steps: Steps, table: Path) -> Generator[None, None, None]:
+    """Tell of a step that diverged which rows of its table it was of."""
     try:
         yield
     except Diverged as error:
-        raise ValueError(f"{error}; it was of rows {steps[error.step]} of {PAIRS}") from error
+        raise ValueError(f"{error}; it was of rows {steps[error.step]} of {table}") from error
 
 
 def objective(
@@ -203,13 +208,13 @@ def objective(
     step: int,
     tokens_before: int,
 ) -> Iterator[tuple[Tensor, Metrics]]:
-    """Micro-batches of one step's pairs; losses and metrics are shares of the step's mean.
+    """Micro-batches of a step's pairs or rankings; losses and metrics are shares of its mean.
 
     The chosen completions' NLL has the step's own normaliser, its chosen tokens. `num_tokens`
     counts from the training's start, as TRL's does: `tokens_before` before this step.
     """
     kind = run.loss.evidence
-    chosen_tokens = evidence.num_chosen_tokens(pairs)
+    chosen_tokens = evidence.num_chosen_tokens(pairs) if run.sft_weight else 0
     for cut in cuts:
         batch = evidence.batch(kind, cut, pairs, pair)
         losses = run.loss.function(batch, **run.hyperparameters)
@@ -230,8 +235,8 @@ def objective(
 def on_validation_pairs(
     pair: Models, evidence: Evidence, run: Run, token_budget: int, step: int
 ) -> Iterator[tuple[Tensor, Metrics]]:
-    """What the objective makes of all validation pairs as one step, after `step`."""
-    pairs = evidence.pairs_of("validation")
+    """What the objective makes of all validation pairs or rankings as one step, after `step`."""
+    pairs = evidence.examples_of(run.loss.evidence, "validation")
     rows_of = functools.partial(evidence.rows_of, run.loss.evidence)
     cuts = batches(pair.policy, pairs, rows_of, token_budget)
     for loss, metrics in objective(pair, evidence, run, cuts, pairs, step + 1, 0):
@@ -265,10 +270,11 @@ def pair_metrics(batch: Any, run: Run, step_size: int) -> dict[str, Any]:
 
     `rewards/*` are the objective's own implicit rewards (`LOSSES[name].reward`: beta times the
     divergence's score for f-DPO, beta times log-probability per token for SimPO); `logratios/*` are
-    plain log-ratios in nats, comparable between objectives.
+    plain log-ratios in nats, comparable between objectives. Of a ranking they are those of the best
+    and of the worst by reward; `rankings/*` are of all K.
     """
     pairs = pairs_within(batch)
-    symbols = (pairs if run.loss.evidence == "Labelled" else batch).symbols()
+    symbols = (pairs if run.loss.evidence in ("Labelled", "Rankings") else batch).symbols()
     rewards = implicit_rewards(run.loss, symbols, run.hyperparameters)
     values = {
         **compared("rewards", *rewards),
@@ -276,7 +282,11 @@ def pair_metrics(batch: Any, run: Run, step_size: int) -> dict[str, Any]:
         "logps/chosen": pairs.chosen.logp,
         "logps/rejected": pairs.rejected.logp,
     }
-    return {name: value.sum().item() / step_size for name, value in values.items()}
+    if isinstance(batch, Rankings):
+        values |= ranked(
+            value(run.loss, run.loss.reward, batch.symbols(), run.hyperparameters), batch.rewards
+        )
+    return {name: x.sum().item() / step_size for name, x in values.items()}
 
 
 def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -285,6 +295,28 @@ def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         f"{name}/rejected": rejected,
         f"{name}/accuracies": 0.5 * (torch.sign(chosen - rejected) + 1),
         f"{name}/margins": chosen - rejected,
+    }
+
+
+def ranked(implicit: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+    """How K completions stand by the policy's implicit rewards, against their rewards.
+
+    Args:
+        implicit: of each ranking's K completions.
+        rewards: of the same.
+
+    Returns:
+        Of each ranking `correlation`, Kendall's tau over the pairs whose rewards differ, an
+        implicit tie counting 0, and 0 where none differ; and `mass_on_best`, the share of
+        softmax(implicit) that falls on the completions of the highest reward.
+    """
+    by_reward = torch.sign(rewards[:, :, None] - rewards[:, None, :])
+    by_policy = torch.sign(implicit[:, :, None] - implicit[:, None, :])
+    agreement = (by_reward * by_policy).sum((1, 2)) / by_reward.abs().sum((1, 2)).clamp(min=1)
+    best = rewards == rewards.amax(-1, keepdim=True)
+    return {
+        "rankings/correlation": agreement,
+        "rankings/mass_on_best": (implicit.softmax(-1) * best).sum(-1),
     }
 
 

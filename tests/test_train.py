@@ -26,6 +26,8 @@ from stages.artefacts import (
     COMPLETIONS_SCHEMA,
     PAIRS,
     PAIRS_SCHEMA,
+    RANKINGS,
+    RANKINGS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
     REVISIONS,
@@ -127,7 +129,13 @@ def real(
         return [generator.randrange(3, 259) for _ in range(generator.randint(least, most))]
 
     pairs = [
-        label.Written("train", tokens(2, 5), (tokens(1, 9), tokens(1, 9)), number % 2, 0.9)
+        label.Written(
+            "train",
+            tokens(2, 5),
+            [tokens(1, 9) for _ in range(3)],
+            label.Pair(number % 2, 1 - number % 2, 0.9),
+            label.Ranking([0, 1, 2], [generator.uniform(-0.3, 0.3) for _ in range(3)]),
+        )
         for number in range(6)
     ]
     rows = [Row(*row) for pair in pairs for row in pair.rows(REVISING)]
@@ -136,11 +144,14 @@ def real(
         "completion": [row.completion for row in rows],
     }
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
-    sides = label.columns([pair.pointers(6 * i) for i, pair in enumerate(pairs)])
-    pairs_table = {"split": ["train"] * 6, **sides, "preference": [0.9] * 6}
-    write_table(PAIRS, pairs_table, PAIRS_SCHEMA)
-    revisions = label.columns([pair.revision_pointers(6 * i) for i, pair in enumerate(pairs)])
-    write_table(REVISIONS, revisions, REVISIONS_SCHEMA)
+    for path, schema, rows_of in (
+        (PAIRS, PAIRS_SCHEMA, label.Written.pair_row),
+        (RANKINGS, RANKINGS_SCHEMA, label.Written.ranking_row),
+        (REVISIONS, REVISIONS_SCHEMA, label.Written.revision_row),
+    ):
+        # Three completions, and both sides of the pair under two revision prompts.
+        table = label.columns([rows_of(pair, 7 * i) for i, pair in enumerate(pairs)], schema)
+        write_table(path, table, schema)
     with torch.no_grad():
         logps = [logp.tolist() for logp in token_logps(policy, rows)]
     write_table(REFERENCE, {"logps": logps}, REFERENCE_SCHEMA)
