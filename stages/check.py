@@ -7,16 +7,15 @@ from stages import models, sampling
 from stages.artefacts import CHECKED, program, stage
 from stages.judges import check_judge
 from stages.params import load_params
-from stages.runs import bind, check_runs
+from stages.runs import check_runs
 
 
 def main() -> None:
     params = load_params()
-    check_runs(params)
+    runs = check_runs(params)
     sampling.check(params.compute)
     models.check(params.base)
-    runs = [bind(params, name).optimiser for name in params.runs]
-    models.check_trainable(params.base, [params.sft, *runs])
+    models.check_trainable(params.base, [params.sft, *(run.optimiser for run in runs)])
     for name in set(params.evaluation.judges) & set(params.judges):
         check_judge(params, name)
     with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:

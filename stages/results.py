@@ -113,21 +113,25 @@ def load_results(params: Params) -> list[Result]:
 
 def _load(name: str, number: int, params: Params, prompts: range) -> Result:
     row = dict(params.runs[name])
-    loss = row.pop("loss")
+    loss = [row.pop("loss")] if "loss" in row else []
     table = judgements(name, prompts)
     keys = zip(table["prompt"], table["opponent"], table["judge"], strict=True)
     columns = [field.name for field in fields(Judgement) if field.name in table]
     values = zip(*(table[column] for column in columns), strict=True)
     written = samples(name, prompts)
     with open(curve_of(name), newline="") as file:
-        steps = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        steps = list(reader)
     return Result(
         name=name,
-        specification=", ".join([str(loss), *(f"{key} {value}" for key, value in row.items())]),
+        specification=", ".join([*loss, *(f"{key} {value}" for key, value in row.items())]),
         colour=COLOURS[number % len(COLOURS)],
         marker=MARKERS[number % len(MARKERS)],
         metrics=json.loads(metrics_of(name).read_text()),
-        curve={column: [float(step[column] or math.nan) for step in steps] for column in steps[0]},
+        curve={
+            column: [float(step[column] or math.nan) for step in steps]
+            for column in reader.fieldnames or ()
+        },
         judgements={
             key: Judgement(**dict(zip(columns, value, strict=True)))
             for key, value in zip(keys, values, strict=True)

@@ -15,6 +15,7 @@ from prefopt.domains import DPOInducing
 from prefopt.losses import LOSSES, Loss
 from prefopt.losses.formulas import hyperparameters_of
 from prefopt.psi import Psi, psi
+from stages.best_of import best_of
 from stages.params import Optimiser, Params, Strict, Watching, checked, did_you_mean
 
 # Evidence that pairs and rankings give, with policy and reference at hand.
@@ -111,8 +112,8 @@ def bind(params: Params, name: str) -> Run:
 def _loss(name: Any, where: str) -> Loss:
     if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(
-            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}"
-            + did_you_mean(str(name), LOSSES)
+            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}, or best_of in "
+            "the place of a loss" + did_you_mean(str(name), LOSSES)
         )
     return LOSSES[name]
 
@@ -194,6 +195,6 @@ def hyperparameter_schema(loss: Loss) -> type[BaseModel]:
     return create_model(loss.name, __config__=config, **fields)
 
 
-def check_runs(params: Params) -> None:
-    for name in params.runs:
-        bind(params, name)
+def check_runs(params: Params) -> list[Run]:
+    """All runs that train, bound; every row of `runs` is checked."""
+    return [bind(params, name) for name in params.runs if best_of(params, name) is None]

@@ -30,12 +30,14 @@ from stages.artefacts import (
     stage,
     write_table,
 )
+from stages.best_of import best_of
 from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, table_of
 from stages.launch import Together
 from stages.params import Compute, load_params
 from stages.runs import bind
 from stages.tracking import track
 from stages.training import train
+from stages.untrained import leave_untrained
 from stages.watch import Look, account, author, watch
 
 BLOCK = 1024  # pairs whose log-ratios are held at a time
@@ -47,6 +49,9 @@ def main() -> None:
     parser.add_argument("run")
     name = parser.parse_args().run
     params = load_params()
+    if best_of(params, name):
+        leave_untrained(name, params)
+        return
     compute = params.compute
     run = bind(params, name)
     models.set_up(seed=run.seed, num_threads=compute.num_threads)
