@@ -1,4 +1,4 @@
-"""The stage of a run that trains nothing, best-of-N: what a training would have left of SFT itself."""
+"""What the train stage leaves of best-of-N, which trains nothing."""
 
 import shutil
 
@@ -49,10 +49,8 @@ def leave_untrained(name: str, params: Params) -> None:
             for block in blocks(evidence.pairs_of("train"), BLOCK):
                 rows = evidence.sides(block)
                 columns: dict[str, list[float]] = {}
-                for side, of_side in (
-                    ("chosen", rows[: len(block)]),
-                    ("rejected", rows[len(block) :]),
-                ):
+                sides = {"chosen": rows[: len(block)], "rejected": rows[len(block) :]}
+                for side, of_side in sides.items():
                     reference = [evidence.reference[row] for row in of_side]
                     columns[side] = [0.0] * len(block)
                     columns[f"{side}_reference"] = list(map(sum, reference))
