@@ -18,10 +18,10 @@ from mlflow.entities import Run
 from prefopt.batches import Pairs, Scored
 from stages import tracking
 from stages.artefacts import LOGRATIOS_SCHEMA, digest, logratios_of, write_table
+from stages.offline import pair_metrics
 from stages.params import load_params
 from stages.runs import bind
 from stages.tracking import DELIVERED, JOURNALS, deliver_all, track, track_evaluation
-from stages.train import pair_metrics
 
 LOGRATIOS = {f"logratios/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
 TRL_NAMES = {
