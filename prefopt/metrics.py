@@ -1,5 +1,6 @@
 """Figures of a run beside its win rates: displacement, diversity. Plain numpy, no gradient."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,15 @@ def displacement(
         median_chosen=float(np.median(chosen)),
         median_rejected=float(np.median(rejected)),
     )
+
+
+def best_of_kl_bound(n: int) -> float:
+    """At most so many nats is KL(best-of-N || reference), whatever the reward: log N - (N - 1)/N.
+
+    Attained where no two completions have the same reward and none is likely; ties bring it down.
+    Beirami et al. 2024 (arXiv:2401.01879), who prove that the formula is this bound and not the KL.
+    """
+    return math.log(n) - (n - 1) / n
 
 
 def distinct(completions: Sequence[Sequence[int]], n: int) -> float:

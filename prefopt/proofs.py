@@ -32,6 +32,8 @@ TYPICAL: dict[Any, float] = {
     domains.Fraction: 0.3,
     domains.Share: 0.3,
 }
+# What carries the policy's gradient and gets none of the loss.
+UNREACHED = {"tdpo2": ".chosen_kl", "preferred_ft": ".rejected.logp"}
 ALL_DIVERGENCES = [*DIVERGENCES.values(), alpha(0.3), shifted_squared_log(0.5)]
 
 
@@ -321,8 +323,8 @@ def gradient_reaches_the_policy_alone(case: Case) -> Verdict:
 
     batch = mapped(batch_of(case.loss.evidence), leaf)
     reached = {name: bool(g.abs().sum() > 0) for name, g in gradient(case(batch), leaves).items()}
-    if case.loss.name == "tdpo2":
-        reached[".chosen_kl"] = not reached[".chosen_kl"]
+    if case.loss.name in UNREACHED:
+        reached[UNREACHED[case.loss.name]] ^= True
     return float(sum(reached[name] != carries(name) for name in reached)), 0.0
 
 

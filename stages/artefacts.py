@@ -1,6 +1,7 @@
 """Paths and schemas of all that travels between stages, and how a stage publishes it.
 
-A row of `completions` is a completion's identity; pairs and reference point at row numbers.
+A row of `completions` is a completion's identity; pairs, rankings and reference point at row
+numbers.
 Tables are parquet with page checksums and non-null columns, compared with their schema on read.
 Those that grow with the data are written by row groups and read through a memory map, so that no
 stage's memory grows with them.
@@ -32,10 +33,12 @@ import pyarrow.parquet as pq
 ROOT = Path("artefacts")
 CHECKED = ROOT / "checked.txt"
 PROMPTS = ROOT / "prompts.parquet"
+LISTS = ROOT / "lists.parquet"
 TEMPLATES = ROOT / "templates.json"
 CANDIDATES = ROOT / "candidates.parquet"
 COMPLETIONS = ROOT / "completions.parquet"
 PAIRS = ROOT / "pairs.parquet"
+RANKINGS = ROOT / "rankings.parquet"
 REVISIONS = ROOT / "revisions.parquet"
 REFERENCE = ROOT / "reference.parquet"
 SFT = ROOT / "models" / "sft"
@@ -104,6 +107,7 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
 
 _TOKENS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 _NATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+_REWARDS = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 PROMPTS_SCHEMA = _schema(
     split=pa.string(),  # train, validation, test, or shifted: of another distribution
@@ -114,6 +118,11 @@ PROMPTS_SCHEMA = _schema(
     rejected=pa.string(),  # where the data set has pairs (gold is then chosen), else empty
     rejected_tokens=_TOKENS,
 )
+# Of a prompt, row for row with `prompts`: the data set's own completions with rewards, or none.
+LISTS_SCHEMA = _schema(
+    completions=pa.list_(pa.field("element", _TOKENS, nullable=False)),
+    rewards=_REWARDS,
+)
 CANDIDATES_SCHEMA = _schema(prompt=pa.int64(), text=pa.string(), tokens=_TOKENS)
 COMPLETIONS_SCHEMA = _schema(prompt=_TOKENS, completion=_TOKENS)
 PAIRS_SCHEMA = _schema(
@@ -121,6 +130,11 @@ PAIRS_SCHEMA = _schema(
     chosen=pa.int64(),
     rejected=pa.int64(),
     preference=pa.float32(),
+)
+RANKINGS_SCHEMA = _schema(
+    split=pa.string(),  # as in `pairs`
+    completions=pa.list_(pa.field("element", pa.int64(), nullable=False)),  # one row may come twice
+    rewards=_REWARDS,
 )
 # Of a pair, row for row with `pairs`: its completions under the prompts that show one of them.
 REVISIONS_SCHEMA = _schema(

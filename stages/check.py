@@ -11,17 +11,16 @@ from stages.judges import check_judge
 from stages.params import Params, load_params
 from stages.reward_models import check_base
 from stages.rewards import check_reward
-from stages.runs import bind, check_runs
+from stages.runs import check_runs
 
 
 def main() -> None:
     params = load_params()
     check_files(params)
-    check_runs(params)
+    runs = check_runs(params)
     sampling.check(params.compute)
     models.check(params.base)
-    runs = [bind(params, name).optimiser for name in params.runs]
-    models.check_trainable(params.base, [params.sft, *runs])
+    models.check_trainable(params.base, [params.sft, *(run.optimiser for run in runs)])
     for name in params.rewards:
         check_reward(params, name)
     for name in params.reward_models:

@@ -4,6 +4,9 @@
 With `revision.rounds`, the policy then revises what it wrote: y_k ~ pi(. | revision prompt of
 y_{k-1}), Choi et al. 2024 (arXiv:2406.01660).
 
+A run that is best-of-N draws N and keeps the one of the highest gold reward. Its `logp` is SFT's,
+which drew it: how likely the kept one was to be kept cannot be computed.
+
 Log-probabilities under policy and reference go with each sample, given the prompt that it answers:
 they are taken at the sampling temperature 1, whatever temperature drew the tokens.
 """
@@ -30,7 +33,9 @@ from stages.artefacts import (
     stage,
     write_table,
 )
+from stages.best_of import best_of, first_best
 from stages.params import load_params
+from stages.rewards import Text, load_reward
 from stages.sampling import Sampling, sampler
 from stages.templates import read_templates
 
@@ -42,10 +47,15 @@ def main() -> None:
     params = load_params()
     compute, evaluation = params.compute, params.evaluation
     models.set_up(seed=compute.seed, num_threads=compute.num_threads)
+    best = best_of(params, name)
+    num_draws = best.best_of if best else 1
+    seed = best.seed if best and best.seed is not None else compute.seed
     relevant = {
         "compute": compute.model_dump(),
         "evaluation": evaluation.model_dump(),
         "rounds": params.revision.rounds,
+        "best_of": best
+        and {**best.model_dump(), "reward": params.label.reward, "rewards": params.rewards},
     }
     with stage(
         f"complete@{name}",
@@ -80,9 +90,18 @@ def main() -> None:
                     templates.revision_of(prompts["tokens"][number], completion)
                     for number, completion in zip(numbers, written, strict=True)
                 ]
-            seeds = seeds_of(numbers, compute.seed, revision, of_sft=name == "sft")
             title = f"{name}, revision {revision}" if revision else name
-            rows += map(Row, prompted, complete(prompted, seeds, title=title))
+            seeds = seeds_of(numbers, seed, revision, of_sft=name == "sft", num_draws=num_draws)
+            repeated = [prompt for prompt in prompted for _ in range(num_draws)]
+            tokens = complete(repeated, seeds, title=title)
+            if best is not None:
+                reward = load_reward(params, params.label.reward)
+                asked = [prompts["text"][number] for number in numbers for _ in range(num_draws)]
+                texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                rewards = reward(list(map(Text, asked, texts)))
+                kept = first_best(rewards, num_draws)
+                seeds, tokens = [seeds[i] for i in kept], [tokens[i] for i in kept]
+            rows += map(Row, prompted, tokens)
             columns["prompt"] += numbers
             columns["revision"] += [revision] * len(numbers)
             columns["seed"] += seeds
@@ -107,13 +126,20 @@ def main() -> None:
         write_table(workspace.partial(samples_of(name)), columns, SAMPLES_SCHEMA)
 
 
-def seeds_of(numbers: list[int], seed: int, revision: int, *, of_sft: bool) -> list[int]:
-    """One a prompt; the SFT policy draws from other random numbers than the runs do.
+def seeds_of(
+    numbers: list[int], seed: int, revision: int, *, of_sft: bool, num_draws: int = 1
+) -> list[int]:
+    """One a prompt and draw; the SFT policy draws from other random numbers than the runs do.
 
-    So an unchanged policy meets an independent sample and not its own words.
+    So an unchanged policy meets an independent sample and not its own words. A prompt's draws lie
+    together.
     """
     stream = 2 * revision + (1 if of_sft else 2)
-    return [(seed * 1_000_003 + stream) * 1_000_003 + number for number in numbers]
+    return [
+        (seed * 1_000_003 + stream + 1000 * draw) * 1_000_003 + number
+        for number in numbers
+        for draw in range(num_draws)
+    ]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from prefopt.diagnostics import (
     degeneration_findings,
     displacement_findings,
 )
-from prefopt.metrics import displacement, distinct
+from prefopt.metrics import best_of_kl_bound, displacement, distinct
 from prefopt.statistics.intervals import cells, complete, points, win_rate
 from prefopt.statistics.length import length_controlled
 from stages.artefacts import (
@@ -39,6 +39,7 @@ from stages.artefacts import (
     samples_of,
     stage,
 )
+from stages.best_of import best_of
 from stages.params import Params, load_params
 from stages.rewards import Text, load_reward
 from stages.templates import read_templates
@@ -67,7 +68,9 @@ def main() -> None:
         "evaluation": evaluation.model_dump(),
         "gold": params.label.reward,
         "seed": seed,
+        "run": params.runs[name],
     }
+    best = best_of(params, name)
     with stage(
         f"evaluate@{name}",
         inputs=[
@@ -92,6 +95,7 @@ def main() -> None:
         metrics = {
             **win_rates(judged, ours, theirs, evaluation.num_resamples, seed),
             **sample_metrics(judged, ours, theirs, params.label.reward),
+            **(kl_of_best(best.best_of) if best else {}),
             "displacement": _rounded(
                 asdict(displacement(logratios["chosen"], logratios["rejected"]))
             ),
@@ -172,6 +176,11 @@ def sample_metrics(judged: Table, ours: Table, theirs: Table, gold: str) -> dict
             "nll_of_sft": -sum(theirs["reference_logp"]) / sum(sft_lengths),
         }
     )
+
+
+def kl_of_best(n: int) -> dict[str, float | bool]:
+    """In the place of an estimate, which would need to know how likely a completion is kept."""
+    return {"kl": round(best_of_kl_bound(n), 6), "kl_standard_error": 0.0, "kl_is_bound": True}
 
 
 def findings(logratios: dict[str, np.ndarray], ours: Table, theirs: Table) -> list[Finding]:

@@ -1,13 +1,16 @@
-"""From the tables of pairs to the batch that a loss reads, its log-probabilities freshly computed.
+"""From the tables of labels to the batch that a loss reads, its log-probabilities freshly computed.
 
-A pair's two sides are rows of `completions`. What a loss needs beyond their summed
-log-probabilities is computed here, from the policy and, where it must be alive, the reference.
+A pair's two sides and a ranking's K completions are rows of `completions`. What a loss needs beyond
+their summed log-probabilities is computed here, from the policy and, where it must be alive, the
+reference.
 """
 
 import array
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from prefopt.batches import (
     Labelled,
     Pairs,
+    Rankings,
     Revisions,
     Scored,
     SequentialPairs,
@@ -34,11 +38,14 @@ from stages.artefacts import (
     COMPLETIONS_SCHEMA,
     PAIRS,
     PAIRS_SCHEMA,
+    RANKINGS,
+    RANKINGS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
     REVISIONS,
     REVISIONS_SCHEMA,
     SFT,
+    Column,
     map_table,
     rows_of_split,
 )
@@ -63,7 +70,7 @@ class Models:
 
 
 class Evidence:
-    """Completions with their reference, and the pairs that point at them."""
+    """Completions with their reference, and the pairs and rankings that point at them."""
 
     def __init__(self) -> None:
         completions = map_table(COMPLETIONS, COMPLETIONS_SCHEMA)
@@ -77,16 +84,29 @@ class Evidence:
                 f"for {len(self.rows)}; run `dvc repro reference`"
             )
 
+    @functools.cached_property
+    def rankings(self) -> dict[str, Column]:
+        return map_table(RANKINGS, RANKINGS_SCHEMA)
+
     def pairs_of(self, split: str) -> range:
         """The pairs of the training or of the validation split."""
         return rows_of_split(self.pairs, split)
+
+    def examples_of(self, kind: str, split: str) -> range:
+        """What batches of type `kind` are made of: pairs of a split, or rankings."""
+        return rows_of_split(self.rankings if kind == "Rankings" else self.pairs, split)
 
     def sides(self, pairs: Sequence[int]) -> list[int]:
         """Rows of the chosen completions of the pairs, then of the rejected ones."""
         return [self.pairs[side][pair] for side in ("chosen", "rejected") for pair in pairs]
 
     def numbers(self, kind: str, pairs: Sequence[int]) -> list[int]:
-        """Rows that a batch of type `kind` scores: one column of the pairs after the other."""
+        """Rows that a batch of type `kind` scores.
+
+        One column of the pairs after the other; of rankings one ranking after the other.
+        """
+        if kind == "Rankings":
+            return [row for ranking in pairs for row in self.rankings["completions"][ranking]]
         if kind != "Revisions":
             return self.sides(pairs)
         return self.sides(pairs) + [
@@ -288,6 +308,22 @@ def _revisions(
     return Revisions(*evidence.scored(numbers, logps, 2 + len(REVISIONS_SCHEMA)))
 
 
+def _rankings(
+    evidence: Evidence, rankings: Sequence[int], step: Sequence[int], models: Models
+) -> Rankings:
+    numbers = evidence.numbers("Rankings", rankings)
+    rows = [evidence.rows[row] for row in numbers]
+    logps = token_logps(models.policy, rows, compute_dtype=models.compute_dtype)
+    (flat,) = evidence.scored(numbers, logps, 1)
+    rewards = torch.tensor(
+        [evidence.rankings["rewards"][ranking] for ranking in rankings], device=flat.logp.device
+    )
+    return Rankings(
+        Scored(*(x.view_as(rewards) for x in (flat.logp, flat.reference_logp, flat.tokens))),
+        rewards,
+    )
+
+
 Assembler = Callable[[Evidence, Sequence[int], Sequence[int], Models], Any]
 ASSEMBLE: dict[str, Assembler] = {
     "Pairs": _pairs,
@@ -296,11 +332,17 @@ ASSEMBLE: dict[str, Assembler] = {
     "SequentialPairs": _sequential_pairs,
     "Labelled": _labelled,
     "Revisions": _revisions,
+    "Rankings": _rankings,
 }
 
 
+def table_of(kind: str) -> Path:
+    """The table whose rows are the examples of batches of type `kind`."""
+    return RANKINGS if kind == "Rankings" else PAIRS
+
+
 def pairs_within(batch: Any) -> Pairs:
-    """The plain pairs inside a batch made of pairs."""
+    """The plain pairs inside a batch; of rankings the best and the worst by reward."""
     match batch:
         case Pairs():
             return batch
@@ -313,6 +355,17 @@ def pairs_within(batch: Any) -> Pairs:
                 rejected=_cut(completions, slice(half, None)),
                 preference=torch.ones_like(completions.logp[:half]),
             )
+        case Rankings(completions=completions, rewards=rewards):
+            chosen, rejected = (
+                Scored(
+                    *(
+                        x.gather(-1, place).squeeze(-1)
+                        for x in (completions.logp, completions.reference_logp, completions.tokens)
+                    )
+                )
+                for place in (rewards.argmax(-1, keepdim=True), rewards.argmin(-1, keepdim=True))
+            )
+            return Pairs(chosen, rejected, torch.ones_like(chosen.logp))
         case Revisions(chosen=chosen, rejected=rejected):
             return Pairs(chosen, rejected, torch.ones_like(chosen.logp))
         case _:

@@ -569,7 +569,8 @@ def draw_curves(results: Sequence[Result]) -> Figure:
                 axes.axis("off")  # it learned from no pairs
                 continue
             values = result.curve[column]
-            start = {"loss": values[0], "rewards/margins": 0.0, "rewards/accuracies": 0.5}[column]
+            first = next(iter(values), 0.0)  # A run that trains nothing has no steps.
+            start = {"loss": first, "rewards/margins": 0.0, "rewards/accuracies": 0.5}[column]
             axes.axhline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.plot(result.curve["step"], values, color=result.colour, linewidth=1.5)
             if f"validation/{column}" in result.curve:

@@ -132,6 +132,7 @@ class Label(Strict):
     method: Literal["best_against_worst", "bradley_terry", "given"]
     reward: Name
     scale: Positive
+    num_ranked: Annotated[StrictInt, Field(ge=2, le=16)] | None
 
 
 Reads = Literal["text", "completion"]  # the prompt with its completion, or the completion alone
@@ -453,6 +454,16 @@ class Params(Strict):
                     f"evaluation.judges: no such judge, got '{name}'; known: {', '.join(known)}"
                     + did_you_mean(name, known)
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_is_sampled_to_rank(self) -> "Params":
+        ranked, sampled = self.label.num_ranked, self.sample.num_completions
+        if self.label.method != "given" and ranked is not None and ranked > sampled:
+            raise ValueError(
+                f"label.num_ranked: more than a prompt has completions, got {ranked}; at most "
+                f"sample.num_completions, {sampled}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,8 @@ import pyarrow as pa
 from stages import models
 from stages.artefacts import (
     CHECKED,
+    LISTS,
+    LISTS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
     TEMPLATES,
@@ -37,9 +39,8 @@ from stages.templates import Templates, read_text, tokenised_template, write_tem
 BLOCK = 1024  # rows that are held at a time
 
 
-TEXTS = pa.schema(
-    [(field.name, pa.bool_() if field.name == "shifted" else pa.string()) for field in fields(Text)]
-)
+TYPES = {"shifted": pa.bool_(), "ranked": pa.list_(pa.string()), "rewards": pa.list_(pa.float64())}
+TEXTS = pa.schema([(field.name, TYPES.get(field.name, pa.string())) for field in fields(Text)])
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     with stage(
         "prepare",
         inputs=[CHECKED, *sources, Path(revision.template)],
-        outputs=[PROMPTS, TEMPLATES],
+        outputs=[PROMPTS, LISTS, TEMPLATES],
         params=relevant,
     ) as workspace:
         texts = spooled_texts(first_of_each_prompt(read_sources(data)))
@@ -81,15 +82,20 @@ def main() -> None:
         splits = (split for split, size in sizes.items() for _ in range(size))
         templates, columns_of = tokenised(params)
         write_templates(workspace.partial(TEMPLATES), templates)
-        with TableWriter(workspace.partial(PROMPTS), PROMPTS_SCHEMA) as table:
+        with (
+            TableWriter(workspace.partial(PROMPTS), PROMPTS_SCHEMA) as table,
+            TableWriter(workspace.partial(LISTS), LISTS_SCHEMA) as lists,
+        ):
             for block in blocks(order, BLOCK):
                 rows = [Text(*(texts[name][row] for name in TEXTS.names)) for row in block]
                 split = list(itertools.islice(splits, len(rows)))
-                table.extend({"split": split, **columns_of(rows)})
+                columns = columns_of(rows)
+                lists.extend({name: columns.pop(name) for name in LISTS_SCHEMA.names})
+                table.extend({"split": split, **columns})
 
 
 def tokenised(params: Params) -> tuple[Templates, Callable[[list[Text]], dict[str, list[Any]]]]:
-    """The templates, and what makes the columns of `prompts` from texts.
+    """The templates, and what makes the columns of `prompts` and `lists` from texts.
 
     It raises a ValueError if a prompt leaves no room for its completion, or the revision prompt of
     a completion none for a better one.
@@ -138,6 +144,10 @@ def tokenised(params: Params) -> tuple[Templates, Callable[[list[Text]], dict[st
                 row if text else []
                 for row, text in zip(completion_ids(rejected), rejected, strict=True)
             ],
+            "completions": [
+                completion_ids(list(text.ranked)) if text.ranked else [] for text in texts
+            ],
+            "rewards": [text.rewards for text in texts],
         }
 
     return templates, columns

@@ -165,8 +165,10 @@ def _rows(path: Path) -> list[dict[str, float]]:
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
+    with open(path, newline="") as file:
+        columns = csv.DictReader(file).fieldnames or ()
     rows = _rows(path)
-    return {column: [row[column] for row in rows] for column in rows[0]}
+    return {column: [row[column] for row in rows] for column in columns}
 
 
 def _generations(path: Path) -> dict[int, list[Generation]]:

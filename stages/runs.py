@@ -15,9 +15,10 @@ from prefopt.domains import DPOInducing
 from prefopt.losses import LOSSES, Loss
 from prefopt.losses.formulas import hyperparameters_of
 from prefopt.psi import Psi, psi
+from stages.best_of import best_of
 from stages.params import Optimiser, Params, Strict, Watching, checked, did_you_mean
 
-# Evidence that pairs give, with policy and reference at hand.
+# Evidence that pairs and rankings give, with policy and reference at hand.
 TRAINABLE = (
     "Pairs",
     "SharedPairs",
@@ -25,6 +26,7 @@ TRAINABLE = (
     "SequentialPairs",
     "Labelled",
     "Revisions",
+    "Rankings",
 )
 
 READERS: dict[Any, Any] = {
@@ -110,26 +112,37 @@ def bind(params: Params, name: str) -> Run:
 def _loss(name: Any, where: str) -> Loss:
     if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(
-            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}"
-            + did_you_mean(str(name), LOSSES)
+            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}, or best_of in "
+            "the place of a loss" + did_you_mean(str(name), LOSSES)
         )
     return LOSSES[name]
 
 
 def _check_evidence(run: Run, params: Params, where: str) -> None:
-    """Refuse what this pipeline's pairs cannot train."""
+    """Refuse what this pipeline's pairs and rankings cannot train."""
     loss = run.loss
     if loss.evidence not in TRAINABLE:
         able = [row.name for row in LOSSES.values() if row.evidence in TRAINABLE]
         raise ValueError(
             f"{where}.loss: reads {loss.evidence}, which no stage makes, got '{loss.name}'; "
-            f"trained from pairs are {', '.join(able)}"
+            f"trained from pairs and rankings are {', '.join(able)}"
         )
     if loss.evidence == "Revisions" and not params.revision.train:
         raise ValueError(
             f"{where}: '{loss.name}' reads pairs under revision prompts, got revision.train: "
             "false; set it to true"
         )
+    if loss.evidence == "Rankings":
+        if params.label.num_ranked is None:
+            raise ValueError(
+                f"{where}: '{loss.name}' reads rankings of K completions, got label.num_ranked: "
+                "null; set it to K"
+            )
+        if run.sft_weight:
+            raise ValueError(
+                f"{where}.sft_weight: adds the NLL of a pair's chosen completion, got "
+                f"{run.sft_weight} with '{loss.name}', which reads rankings; leave it out"
+            )
     if loss.evidence == "Labelled" and run.optimiser.batch_size < 2:
         raise ValueError(
             f"{where}: '{loss.name}' compares with another pair's completion, got a batch_size of "
@@ -182,6 +195,6 @@ def hyperparameter_schema(loss: Loss) -> type[BaseModel]:
     return create_model(loss.name, __config__=config, **fields)
 
 
-def check_runs(params: Params) -> None:
-    for name in params.runs:
-        bind(params, name)
+def check_runs(params: Params) -> list[Run]:
+    """All runs that train, bound; every row of `runs` is checked."""
+    return [bind(params, name) for name in params.runs if best_of(params, name) is None]

@@ -26,7 +26,7 @@ from stages.artefacts import (
 from stages.launch import Together
 from stages.params import load_params
 from stages.rows import Rows
-from stages.training import train
+from stages.training import Course, train
 
 
 def main() -> None:
@@ -63,11 +63,14 @@ def main() -> None:
 
         train(
             policy,
-            objective,
-            steps,
+            Course(
+                steps,
+                rows_of=lambda _, i: [rows[numbers[i]]],
+                share=objective,
+                where=lambda step: f"rows {[numbers[i] for i in steps[step]]} of {PROMPTS}",
+            ),
             sft,
             workspace,
-            rows_of=lambda i: [rows[numbers[i]]],
             token_budget=compute.token_budget,
             model=SFT,
             source=params.base,

@@ -1,21 +1,28 @@
 """Data sets: where texts come from, each with its file and line.
 
 A data set is JSON lines, `{"prompt": ..., "completion": ...}` or `{"prompt": ..., "chosen": ...,
-"rejected": ...}` or whole dialogues `{"chosen": ..., "rejected": ...}`, or a card: a JSON file that
-names a table of sentences inside an installed Python package, by its digest.
+"rejected": ...}` or whole dialogues `{"chosen": ..., "rejected": ...}`, or `{"prompt": ...,
+"completions": [...], "rewards": [...]}`, or a card: a JSON file that names a table of sentences
+inside an installed Python package, by its digest.
 """
 
 import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TURN = "\n\nAssistant:"  # begins an assistant's turn of a dialogue
+KINDS = (
+    {"prompt", "completion"},
+    {"prompt", "chosen", "rejected"},
+    {"prompt", "completions", "rewards"},
+)
 
 
 @dataclass(frozen=True)
@@ -25,9 +32,11 @@ class Text:
     Args:
         where: its file and line.
         prompt: what comes before the completion.
-        completion: the data's own; where it has pairs, the chosen one.
-        rejected: empty without pairs.
+        completion: the data's own; where it has pairs, the chosen one; of a list the best.
+        rejected: of a list the worst; empty without pairs, and where all rewards are equal.
         shifted: whether it is of the evaluation's other distribution.
+        ranked: completions with rewards, in the data's order; empty without lists.
+        rewards: theirs.
     """
 
     where: str
@@ -35,6 +44,8 @@ class Text:
     completion: str
     rejected: str = ""
     shifted: bool = False
+    ranked: Sequence[str] = ()
+    rewards: Sequence[float] = ()
 
 
 def read_texts(path: Path, prompt_words: int) -> Iterator[Text]:
@@ -100,17 +111,18 @@ def parse(line: str, where: str) -> Text:
         raise ValueError(f"{where}: not a JSON object, got {line[:60]!r}; mend the line")
     if set(row) == {"chosen", "rejected"}:
         return _dialogues(row, where)
-    names = {"prompt", "completion"} if "completion" in row else {"prompt", "chosen", "rejected"}
-    if set(row) != names:
+    if set(row) not in KINDS:
         raise ValueError(
-            f"{where}: other fields than expected, got {sorted(row)}; "
-            "give prompt and completion, or prompt, chosen and rejected"
+            f"{where}: other fields than expected, got {sorted(row)}; give prompt and completion, "
+            "or prompt, chosen and rejected, or prompt, completions and rewards"
         )
-    for name in sorted(names):
+    for name in sorted(set(row) - {"completions", "rewards"}):
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(
                 f"{where}: empty {name}, got {row[name]!r}; give text or drop the line"
             )
+    if "completions" in row:
+        return _listed(row, where)
     if "completion" in row:
         return Text(where, row["prompt"], row["completion"])
     if row["chosen"] == row["rejected"]:
@@ -142,3 +154,32 @@ def _dialogues(row: dict[str, Any], where: str) -> Text:
             f"{chosen[place:][:60]!r}; drop the line"
         )
     return Text(where, chosen[:place], chosen[place:], rejected[place:])
+
+
+def _listed(row: dict[str, Any], where: str) -> Text:
+    completions, rewards = row["completions"], row["rewards"]
+    if not (isinstance(completions, list) and isinstance(rewards, list)) or (
+        len(completions) != len(rewards) or len(completions) < 2
+    ):
+        raise ValueError(
+            f"{where}: not as many rewards as completions, two at least, got "
+            f"{str(completions)[:60]} and {str(rewards)[:60]}; give two lists of one length"
+        )
+    for text in completions:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: empty completion, got {text!r}; give text or drop it")
+        if completions.count(text) > 1:
+            raise ValueError(f"{where}: a completion twice, got {text[:60]!r}; keep one")
+    for reward in rewards:
+        is_number = isinstance(reward, int | float) and not isinstance(reward, bool)
+        if not is_number or not math.isfinite(reward):
+            raise ValueError(f"{where}: a reward is no number, got {reward!r}; mend or drop it")
+    best, worst = (rewards.index(end(rewards)) for end in (max, min))
+    return Text(
+        where,
+        row["prompt"],
+        completions[best],
+        completions[worst] if rewards[best] != rewards[worst] else "",
+        ranked=completions,
+        rewards=list(map(float, rewards)),
+    )

@@ -53,7 +53,8 @@ def result_columns(params: Params, results: Sequence[Result], reference: Referen
         return column(group, head, Cell("" if sft is None else signed(sft, form)), cell)
 
     def kl(metrics: dict[str, Any]) -> Cell:
-        note = f"± {metrics['kl_standard_error']:.2f}"
+        is_bound = metrics.get("kl_is_bound")
+        note = "at most" if is_bound else f"± {metrics['kl_standard_error']:.2f}"
         return Cell(signed(metrics["kl"], ".2f"), note, value=metrics["kl"])
 
     return [

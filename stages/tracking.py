@@ -294,7 +294,9 @@ def _deliver(client: "MlflowClient", path: Path) -> bool:
     if head["kind"] == "evaluation":
         _deliver_evaluation(client, head)
         return True
-    run = _find(client, head["recipe"], "prefopt.journal", path.stem) or _create(client, path, head)
+    run = _find(client, head["recipe"], {"prefopt.journal": path.stem}) or _create(
+        client, path, head
+    )
     for name, text in head.get("files", {}).items():
         client.log_text(run.info.run_id, text, name)
     _log_metrics(client, run.info.run_id, rest)
@@ -364,15 +366,12 @@ def _create(client: "MlflowClient", path: Path, head: Event) -> "Run":
 
 
 def _deliver_evaluation(client: "MlflowClient", head: Event) -> None:
-    run = _find(client, head["recipe"], "prefopt.logratios", head["logratios"])
+    # Runs that train nothing have the same log-ratios.
+    tags = {"prefopt.logratios": head["logratios"], "prefopt.run": head["run"]}
+    run = _find(client, head["recipe"], tags)
     if run is None:
         # The training was restored from DVC's cache, made by another machine's MLflow.
-        tags = {
-            **head["tags"],
-            "mlflow.runName": head["run"],
-            "prefopt.run": head["run"],
-            "prefopt.logratios": head["logratios"],
-        }
+        tags |= {**head["tags"], "mlflow.runName": head["run"]}
         experiment = _experiment(client, head["recipe"])
         run = client.create_run(experiment, start_time=head["time"], tags=tags)
         client.set_terminated(run.info.run_id, end_time=head["time"])
@@ -401,10 +400,10 @@ def _experiment(client: "MlflowClient", recipe: str) -> str:
     return found.experiment_id if found else client.create_experiment(recipe)
 
 
-def _find(client: "MlflowClient", recipe: str, tag: str, value: str) -> "Run | None":
+def _find(client: "MlflowClient", recipe: str, tags: dict[str, str]) -> "Run | None":
     runs = client.search_runs(
         [_experiment(client, recipe)],
-        f"tags.`{tag}` = '{value}'",
+        " AND ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items()),
         max_results=1,
         order_by=["attributes.start_time DESC"],
     )

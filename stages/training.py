@@ -1,8 +1,10 @@
 """What SFT and every run share: the loop, with its curve, checkpoints and the model it leaves."""
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from prefopt import distributed
 from prefopt.checkpoints import Checkpoints, Metrics
 from prefopt.costs import matmul_peak, necessary, price_of, useful_tokens
-from prefopt.loop import Objective, Optimisation, Watch, fit
+from prefopt.loop import Diverged, Objective, Optimisation, Watch, fit
 from prefopt.packing import Row, Steps, slots_of
 from prefopt.scoring import batches
 from stages import models
@@ -21,20 +23,40 @@ from stages.tracking import Curve, Journal
 
 Cuts = list[list[int]]
 
-# Of a step, these micro-batches: (loss, metrics), shares of the step's.
-Share = Callable[[int, Cuts], Iterable[tuple[Tensor, Metrics]]]
+
+@dataclass(frozen=True)
+class Course:
+    """What a training trains on, step by step.
+
+    Args:
+        steps: numbers of each step's examples.
+        rows_of: the rows of an example, in a step.
+        share: losses and metrics of those micro-batches of a step that this process computes,
+            shares of the step's.
+        where: the rows of a table that a step is of, for errors.
+        validation: the same of validation examples, after a step; nothing if there are none.
+        couples: whether examples of a micro-batch change each other's loss.
+    """
+
+    steps: Steps
+    rows_of: Callable[[int, int], Sequence[Row]]
+    share: Callable[[int, Cuts], Iterable[tuple[Tensor, Metrics]]]
+    where: Callable[[int], str]
+    validation: Objective = lambda _: ()
+    couples: bool = False
+
+    def rows(self, step: int) -> list[Row]:
+        """All rows of a step."""
+        return [row for example in self.steps[step] for row in self.rows_of(step, example)]
 
 
 def train(
     policy: models.PreTrainedModel,
-    objective: Share,
-    steps: Steps,
+    course: Course,
     optimiser: Optimiser,
     workspace: Workspace,
     *,
-    rows_of: Callable[[int], Sequence[Row]],
     token_budget: int,
-    couples: bool = False,
     model: Path,
     source: str,
     curve: Path,
@@ -48,13 +70,10 @@ def train(
 
     Args:
         policy: trained in place; of several processes, sharded in place.
-        objective: losses and metrics of the micro-batches of a step that this process computes.
-        steps: examples of each.
+        course: the examples and their objective.
         optimiser: its section, by which the policy was made trainable.
         workspace: the stage's.
-        rows_of: an example's rows.
         token_budget: of a micro-batch.
-        couples: whether examples of a micro-batch change each other's loss.
         model: the model directory.
         source: the name of the model that the policy was loaded from.
         curve: the file of metrics.
@@ -66,29 +85,33 @@ def train(
 
     Returns:
         The trained policy, whole in every process, and the metrics of all steps.
+
+    Raises:
+        ValueError: if a step diverged, naming its rows.
     """
     checkpoints = Checkpoints(workspace.checkpoints, checkpoint_every)
-    clock = Clock(
-        policy, lambda step: [row for i in steps[step] for row in rows_of(i)], compute_dtype
-    )
+    clock = Clock(policy, course.rows, compute_dtype)
     root = distributed.sharded(policy, models.decoder_layers(policy), models.device())
 
     def micro_batches(step: int) -> Iterator[tuple[Tensor, Metrics]]:
-        dealt = _dealt(policy, steps[step], rows_of, token_budget, couples)
+        dealt = _dealt(policy, course, step, token_budget)
         mine = dealt[distributed.rank()]
         # All processes gather shards as often. Who has less to do computes a micro-batch of the
         # step once more, and counts it as nothing.
         spare = [dealt[0][0]] * (max(map(len, dealt)) - len(mine))
-        found = iter(objective(step, mine + spare))
+        found = iter(course.share(step, mine + spare))
         for number in range(len(mine) + len(spare)):
             loss, metrics = root(lambda: next(found))
             yield (loss, metrics) if number < len(mine) else (0 * loss, dict.fromkeys(metrics, 0))
 
-    with Curve(workspace.partial(curve), workspace.name, len(steps), journal) as drawn:
+    with (
+        naming_the_rows_of(course),
+        Curve(workspace.partial(curve), workspace.name, len(course.steps), journal) as drawn,
+    ):
         history = fit(
             policy,
             clock.timed(micro_batches),
-            len(steps),
+            len(course.steps),
             optimisation(optimiser),
             log=lambda metrics: drawn.log(metrics, clock.rates(int(metrics["step"]))),
             checkpoints=checkpoints,
@@ -104,6 +127,15 @@ def train(
     return policy, history
 
 
+@contextmanager
+def naming_the_rows_of(course: Course) -> Generator[None, None, None]:
+    """Tell of a step that diverged which rows it was of."""
+    try:
+        yield
+    except Diverged as error:
+        raise ValueError(f"{error}; it was of {course.where(error.step)}") from error
+
+
 def _together(watch: Watch, root: distributed.Sharded) -> Watch:
     """Looks at all of the policy, which every process takes; the first one's metrics count."""
 
@@ -115,27 +147,25 @@ def _together(watch: Watch, root: distributed.Sharded) -> Watch:
 
 
 def _dealt(
-    policy: models.PreTrainedModel,
-    examples: list[int],
-    rows_of: Callable[[int], Sequence[Row]],
-    token_budget: int,
-    couples: bool,
+    policy: models.PreTrainedModel, course: Course, step: int, token_budget: int
 ) -> list[Cuts]:
     """The micro-batches of a step, a list for each process; they compute about as many tokens.
 
     Examples that change each other's loss stay in the micro-batches that one process would make.
     """
+    rows_of = functools.partial(course.rows_of, step)
 
-    def cut(examples: list[int]) -> Cuts:
+    def cut(examples: Sequence[int]) -> Cuts:
         return batches(policy, examples, rows_of, token_budget)
 
-    parts = cut(examples) if couples else [[example] for example in examples]
+    examples = course.steps[step]
+    parts = cut(examples) if course.couples else [[example] for example in examples]
     costs = [slots_of(row for example in part for row in rows_of(example)) for part in parts]
     shares = [
         [parts[number] for number in share]
         for share in distributed.shares(costs, distributed.size())
     ]
-    return shares if couples else [cut([i for (i,) in share]) for share in shares]
+    return shares if course.couples else [cut([i for (i,) in share]) for share in shares]
 
 
 class Clock:

@@ -28,7 +28,7 @@ from prefopt.losses.formulas import hyperparameters_of, implicit_rewards, value
 from prefopt.losses.likelihood import nll
 from prefopt.losses.listwise import exo_rw, f_po
 from prefopt.losses.pairwise import chi_po, dpo, exo_pref, f_dpo, hinge, ld_dpo, psi_po, r_dpo
-from prefopt.losses.reference_free import orpo
+from prefopt.losses.reference_free import orpo, preferred_ft, slic
 from prefopt.losses.unpaired import kto
 from prefopt.proofs import LAWS, Case, batch_of, cases, proofs
 from prefopt.psi import psi
@@ -42,11 +42,14 @@ def test_the_law_holds(proof: Any) -> None:
     assert proof.holds, f"off by {proof.error}, tolerated {proof.tolerance}"
 
 
+WITHOUT_REFERENCE = {"simpo", "cpo", "orpo", "slic", "preferred_ft"}
+
+
 def test_every_law_is_proven_of_every_loss_that_it_speaks_of() -> None:
     silent = {
         # No printed derivative of sums over completions, and none of a surrogate's value.
         "printed gradient is autograds": {"dpo_rw", "exo_rw", "infonca", "nca", "f_po"},
-        "value at the reference is declared": {"simpo", "cpo", "orpo", "slic", "f_dpg"},
+        "value at the reference is declared": {*WITHOUT_REFERENCE, "f_dpg"},
     }
     for law in LAWS:
         name = law.__name__.replace("_", " ")
@@ -256,6 +259,15 @@ def test_ld_dpo_of_one_is_dpo_and_of_zero_sees_shared_tokens_alone() -> None:
     both = batches.SharedPairs(whole, shared)
     assert torch.equal(ld_dpo(both, beta=0.1, alpha=1.0), dpo(whole, beta=0.1))
     assert torch.equal(ld_dpo(both, beta=0.1, alpha=0.0), dpo(shared, beta=0.1))
+
+
+def test_preferred_ft_is_slics_likelihood_and_sfts_by_the_completion() -> None:
+    pairs = batch_of("Pairs")
+    slope = slic(pairs, delta=1.0, nll_weight=1.0) - slic(pairs, delta=1.0, nll_weight=0.0)
+    assert torch.allclose(preferred_ft(pairs), slope)
+    tokens = int(pairs.chosen.tokens.sum())
+    total = nll(pairs.chosen, tokens) * tokens
+    assert preferred_ft(pairs).sum().item() == pytest.approx(total.item(), rel=1e-12)
 
 
 def test_orpo_is_finite_where_a_completion_is_certain() -> None:

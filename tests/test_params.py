@@ -61,12 +61,13 @@ def test_a_divergence_is_written_by_name_with_its_parameter_or_as_a_formula(
     assert bind(load_params(), "x").hyperparameters["divergence"].name == name
 
 
-def test_every_loss_that_pairs_can_train_binds_from_its_signature(write_params: Write) -> None:
+def test_every_loss_that_labels_can_train_binds_from_its_signature(write_params: Write) -> None:
     special = {"divergence": "squared_log", "psi": "identity"}
     for loss in LOSSES.values():
         values = cases(loss)[0].hyperparameters
         row = {name: special.get(name, value) for name, value in values.items()}
-        write_params(**{"runs": {"x": {"loss": loss.name, **row}}, "revision.train": True})
+        evidence = {"revision.train": True, "label.num_ranked": 4}
+        write_params(**{"runs": {"x": {"loss": loss.name, **row}}, **evidence})
         if loss.evidence in TRAINABLE:
             assert set(bind(load_params(), "x").hyperparameters) == set(values)
         else:

@@ -11,7 +11,7 @@ import pytest
 from conftest import PROJECT, byte_tokenizer, llama, write_jsonl
 
 from stages import models, prepare
-from stages.artefacts import CHECKED, PROMPTS, PROMPTS_SCHEMA, read_table
+from stages.artefacts import CHECKED, LISTS, LISTS_SCHEMA, PROMPTS, PROMPTS_SCHEMA, read_table
 
 Write = Callable[..., dict[str, Any]]
 GOOD = [{"prompt": f"prompt {i}", "completion": f" and completion {i}"} for i in range(20)]
@@ -131,6 +131,38 @@ def test_only_the_top_layers_and_the_norm_are_trained_when_asked() -> None:
             "data.jsonl:3: chosen and rejected are identical, got 'b'; drop the line",
         ),
         (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}',
+            "data.jsonl:3: not as many rewards as completions, two at least, got ['b', 'c'] and",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b"], "rewards": [1]}',
+            "data.jsonl:3: not as many rewards as completions, two at least, got ['b'] and [1]",
+        ),
+        (
+            '{"prompt": "a", "completions": "bc", "rewards": [1, 2]}',
+            "data.jsonl:3: not as many rewards as completions, two at least, got bc and [1, 2]",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", " "], "rewards": [1, 2]}',
+            "data.jsonl:3: empty completion, got ' '",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", "b"], "rewards": [1, 2]}',
+            "data.jsonl:3: a completion twice, got 'b'; keep one",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, NaN]}',
+            "data.jsonl:3: a reward is no number, got nan",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, "2"]}',
+            "data.jsonl:3: a reward is no number, got '2'",
+        ),
+        (
+            '{"prompt": "a", "completions": ["b", "c"], "rewards": [1, true]}',
+            "data.jsonl:3: a reward is no number, got True",
+        ),
+        (
             json.dumps({"prompt": "a" * 64, "completion": "b"}),
             "data.jsonl:3: prompt and completion exceed the model's context of 64 tokens, "
             "got 65 + 24; shorten the prompt or data.max_completion_tokens",
@@ -145,6 +177,27 @@ def test_a_bad_line_is_refused_with_its_number(
     with refused(message):
         prepared("\n".join(lines) + "\n")
     assert not PROMPTS.exists()
+
+
+def test_a_list_is_kept_in_its_order_and_its_best_and_worst_are_its_pair(
+    prepared: Callable[..., Any],
+) -> None:
+    texts = [" b", " best", " w"]
+    listed = [{"prompt": f"List {i}", "completions": texts, "rewards": [0, 1.5, -2]} for i in "ab"]
+    tied = {"prompt": "Tied", "completions": texts, "rewards": [1, 1, 1]}
+    prompts = prepared([*GOOD, *listed, tied])
+    lists = read_table(LISTS, LISTS_SCHEMA)
+    assert len(lists["rewards"]) == len(prompts["text"]) == len(GOOD) + 3
+    for row, prompt in enumerate(prompts["text"]):
+        if prompt in ("List a", "List b", "Tied"):
+            best, worst = (" b", "") if prompt == "Tied" else (" best", " w")
+            assert (prompts["gold"][row], prompts["rejected"][row]) == (best, worst)
+            rewards = [1.0, 1.0, 1.0] if prompt == "Tied" else [0.0, 1.5, -2.0]
+            assert lists["rewards"][row] == rewards
+            assert lists["completions"][row][texts.index(best)] == prompts["gold_tokens"][row]
+            assert len(lists["completions"][row]) == 3
+        else:
+            assert lists["completions"][row] == lists["rewards"][row] == []
 
 
 def test_a_missing_data_file_is_refused(prepared: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from mlflow.entities import Run
 from prefopt.batches import Pairs, Scored
 from stages import tracking
 from stages.artefacts import LOGRATIOS_SCHEMA, digest, logratios_of, write_table
+from stages.offline import pair_metrics
 from stages.params import load_params
 from stages.runs import bind
 from stages.tracking import (
@@ -28,7 +29,6 @@ from stages.tracking import (
     track_comparison,
     track_evaluation,
 )
-from stages.train import pair_metrics
 
 LOGRATIOS = {f"logratios/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
 TRL_NAMES = {

@@ -20,12 +20,14 @@ from prefopt.losses.formulas import value as formula
 from prefopt.packing import Row, Steps
 from prefopt.proofs import Case, batch_of, cases
 from prefopt.scoring import batches, token_logps
-from stages import label, params, train
+from stages import label, offline, params, train
 from stages.artefacts import (
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
     PAIRS,
     PAIRS_SCHEMA,
+    RANKINGS,
+    RANKINGS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
     REVISIONS,
@@ -84,8 +86,8 @@ def test_tokens_are_counted_with_their_prompts_and_without_padding(
 
 def test_tokens_before_a_step_are_those_of_all_earlier_ones(evidence: Evidence) -> None:
     steps = Steps(num_rows=2, batch_size=1, num_epochs=2, seed=0)
-    before = train.TokensBefore(evidence, "Pairs", steps)
-    resumed = train.TokensBefore(evidence, "Pairs", steps)
+    before = offline.TokensBefore(evidence, "Pairs", steps)
+    resumed = offline.TokensBefore(evidence, "Pairs", steps)
     assert [before(step) for step in range(4)] == [
         sum(evidence.num_tokens("Pairs", pairs) for pairs in list(steps)[:step])
         for step in range(4)
@@ -127,7 +129,13 @@ def real(
         return [generator.randrange(3, 259) for _ in range(generator.randint(least, most))]
 
     pairs = [
-        label.Written("train", tokens(2, 5), (tokens(1, 9), tokens(1, 9)), number % 2, 0.9)
+        label.Written(
+            "train",
+            tokens(2, 5),
+            [tokens(1, 9) for _ in range(3)],
+            label.Pair(number % 2, 1 - number % 2, 0.9),
+            label.Ranking([0, 1, 2], [generator.uniform(-0.3, 0.3) for _ in range(3)]),
+        )
         for number in range(6)
     ]
     rows = [Row(*row) for pair in pairs for row in pair.rows(REVISING)]
@@ -136,11 +144,14 @@ def real(
         "completion": [row.completion for row in rows],
     }
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
-    sides = label.columns([pair.pointers(6 * i) for i, pair in enumerate(pairs)])
-    pairs_table = {"split": ["train"] * 6, **sides, "preference": [0.9] * 6}
-    write_table(PAIRS, pairs_table, PAIRS_SCHEMA)
-    revisions = label.columns([pair.revision_pointers(6 * i) for i, pair in enumerate(pairs)])
-    write_table(REVISIONS, revisions, REVISIONS_SCHEMA)
+    for path, schema, rows_of in (
+        (PAIRS, PAIRS_SCHEMA, label.Written.pair_row),
+        (RANKINGS, RANKINGS_SCHEMA, label.Written.ranking_row),
+        (REVISIONS, REVISIONS_SCHEMA, label.Written.revision_row),
+    ):
+        # Three completions, and both sides of the pair under two revision prompts.
+        table = label.columns([rows_of(pair, 7 * i) for i, pair in enumerate(pairs)], schema)
+        write_table(path, table, schema)
     with torch.no_grad():
         logps = [logp.tolist() for logp in token_logps(policy, rows)]
     write_table(REFERENCE, {"logps": logps}, REFERENCE_SCHEMA)
@@ -167,7 +178,9 @@ def step_of(
     metrics: Metrics = {}
     rows_of = functools.partial(evidence.rows_of, case.loss.evidence)
     cuts = batches(models.policy, range(6), rows_of, token_budget)
-    objective = train.objective(models, evidence, run_of(case, sft_weight), cuts, range(6), step, 0)
+    objective = offline.objective(
+        models, evidence, run_of(case, sft_weight), cuts, range(6), step, 0
+    )
     for loss, parts in objective:
         loss.backward()
         for name, value in {"loss": loss.item(), **parts}.items():
@@ -269,7 +282,7 @@ def test_a_loss_that_is_not_a_number_is_refused_at_step_0() -> None:
     (dpo,) = (case for case in TRAINED if case.loss.name == "dpo")
     losses = torch.tensor([math.log(2), math.nan])
     with pytest.raises(ValueError, match=r"step 0: 'dpo' must be log\(2\) = 0\.693147"):
-        train.check_step_0(batch_of("Pairs"), losses, run_of(dpo), torch.float32)
+        offline.check_step_0(batch_of("Pairs"), losses, run_of(dpo), torch.float32)
 
 
 def test_shared_pairs_are_cut_to_the_shorter_side(real: tuple[Evidence, Models]) -> None:
@@ -382,13 +395,13 @@ def test_implicit_rewards_are_the_objectives_and_ties_count_half() -> None:
 
     pairs = Pairs(scored([0.5, 1.0, -1.0]), scored([0.5, -1.0, 1.0]), torch.ones(3))
     squared = {"beta": 0.5, "divergence": DIVERGENCES["squared_log"]}
-    metrics = train.pair_metrics(pairs, run_of(Case(LOSSES["f_dpo"], squared)), 3)
+    metrics = offline.pair_metrics(pairs, run_of(Case(LOSSES["f_dpo"], squared)), 3)
     rewards = [0.5 * u * math.exp(-u) for u in (0.5, 1.0, -1.0)]
     assert metrics["rewards/chosen"] == pytest.approx(sum(rewards) / 3, rel=1e-6)
     assert metrics["logratios/chosen"] == pytest.approx(0.5 / 3, rel=1e-6)
     assert metrics["rewards/accuracies"] == metrics["logratios/accuracies"] == 0.5
     simpo = {"beta": 2.0, "gamma": 0.5}
-    metrics = train.pair_metrics(pairs, run_of(Case(LOSSES["simpo"], simpo)), 3)
+    metrics = offline.pair_metrics(pairs, run_of(Case(LOSSES["simpo"], simpo)), 3)
     assert metrics["rewards/chosen"] == pytest.approx(2.0 * (0.5 - 24) / 4 / 3, rel=1e-6)
 
 
@@ -400,7 +413,7 @@ def test_rewards_of_f_dpo_may_rank_pairs_otherwise_than_log_ratios_do() -> None:
         Scored(torch.tensor([3.0]), zero, tokens), Scored(torch.tensor([1.0]), zero, tokens), zero
     )
     squared = {"beta": 0.5, "divergence": DIVERGENCES["squared_log"]}
-    metrics = train.pair_metrics(pairs, run_of(Case(LOSSES["f_dpo"], squared)), 1)
+    metrics = offline.pair_metrics(pairs, run_of(Case(LOSSES["f_dpo"], squared)), 1)
     assert metrics["logratios/accuracies"] == 1.0
     assert metrics["rewards/accuracies"] == 0.0
 
@@ -419,8 +432,8 @@ def test_the_metrics_of_micro_batches_add_up_to_those_of_the_step() -> None:
         )
 
     run = run_of(Case(LOSSES["dpo"], {"beta": 0.5, "label_smoothing": 0.0}))
-    whole = train.pair_metrics(pairs(slice(0, 6)), run, 6)
-    parts = [train.pair_metrics(pairs(of), run, 6) for of in (slice(0, 2), slice(2, 6))]
+    whole = offline.pair_metrics(pairs(slice(0, 6)), run, 6)
+    parts = [offline.pair_metrics(pairs(of), run, 6) for of in (slice(0, 2), slice(2, 6))]
     for name, value in whole.items():
         assert parts[0][name] + parts[1][name] == pytest.approx(value, abs=1e-6)
     assert whole["rewards/margins"] == pytest.approx(

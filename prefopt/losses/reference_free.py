@@ -101,6 +101,25 @@ def slic(pairs: Pairs, *, delta: Positive, nll_weight: NonNegative) -> PerPair:
     return contrast - nll_weight * pairs.chosen.logp
 
 
+def preferred_ft(pairs: Pairs) -> PerPair:
+    """Fine-tuning on the preferred: the chosen completion's NLL alone.
+
+    Rafailov et al. 2023 (arXiv:2305.18290), where it is the baseline Preferred-FT. Summed over a
+    completion's tokens, so that every token weighs the same, as it does in SFT: a step's gradient
+    is that of SFT's loss times the mean number of chosen tokens.
+
+    Args:
+        pairs: evidence, of which the rejected side is only measured.
+
+    Optimum:
+        The distribution that the chosen completions come from.
+
+    Elsewhere:
+        DPO's repository: loss sft. EXO's paper: preferred-FT.
+    """
+    return -pairs.chosen.logp
+
+
 def log_odds(mean_logp: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """log(P/(1 - P)) of P = exp(mean_logp)."""
     nats = mean_logp.clamp(max=-SMALLEST_NATS)
