@@ -245,8 +245,8 @@ def test_a_reward_that_is_not_trained_yet_or_labels_its_own_pairs_is_refused(
     write_params(**{"rewards": {"learned": {"trained": "learned"}}, "label.reward": "learned"})
     with pytest.raises(ValueError, match=r"label\.reward: would label the pairs that trained it"):
         load_params()
-    write_params(rewards={"learned": {"trained": "lerned"}})
-    with pytest.raises(ValueError, match=r"learned.trained: no such reward model, got 'lerned'"):
+    write_params(rewards={"learned": {"trained": "wrong"}})
+    with pytest.raises(ValueError, match=r"learned.trained: no such reward model, got 'wrong'"):
         load_params()
 
 
