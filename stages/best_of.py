@@ -5,23 +5,8 @@ earliest of those where several have it.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field, StrictInt
-
-from stages.params import Params, Strict, checked
-
-
-class BestOf(Strict):
-    """A row of `runs` that names no loss.
-
-    Args:
-        best_of: N.
-        seed: of the draws; `compute.seed` if it names none.
-    """
-
-    best_of: Annotated[StrictInt, Field(ge=2, le=1024)]
-    seed: Annotated[StrictInt, Field(ge=0)] | None = None
+from stages.params import BestOf, Params, checked
 
 
 def best_of(params: Params, run: str) -> BestOf | None:

@@ -271,6 +271,18 @@ class Watching(Strict):
         return self.every is not None and self.num_generations > 0
 
 
+class BestOf(Strict):
+    """A row of `runs` that names no loss.
+
+    Args:
+        best_of: N.
+        seed: of the draws; `compute.seed` if it names none.
+    """
+
+    best_of: Annotated[StrictInt, Field(ge=2, le=1024)]
+    seed: Annotated[StrictInt, Field(ge=0)] | None = None
+
+
 class Cost(Strict):
     """Prices of a million tokens, and the most that a judge may cost in all, in one currency."""
 
