@@ -204,7 +204,7 @@ class Samples:
         logp: log pi_theta(y|x); carries the gradient.
         proposal_logp: log q(y|x) at the time of sampling.
         target_logp: log p(y|x), normalised; -inf where the target excludes a completion.
-        baseline: what is subtracted from pseudo-rewards; zero, or the mean of earlier ones.
+        baseline: what is subtracted from pseudo-rewards; zero, or a mean of others.
     """
 
     logp: Float[Tensor, " batch"]
@@ -217,6 +217,37 @@ class Samples:
             "logp": self.logp,
             "logp_q": self.proposal_logp,
             "logp_p": self.target_logp,
+            "baseline": self.baseline,
+        }
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions drawn from a proposal q, with rewards.
+
+    Args:
+        completions: as policy and reference see them.
+        proposal_logp: log q(y|x) at the time of sampling.
+        rewards: one a completion, in the reward's own units.
+        baseline: what is subtracted from rewards: the mean of r - beta log q/pi_ref over the other
+            completions of the prompt.
+    """
+
+    completions: Scored
+    proposal_logp: Float[Tensor, " batch"]
+    rewards: Float[Tensor, " batch"]
+    baseline: Float[Tensor, " batch"]
+
+    @property
+    def proposal_logratio(self) -> Float[Tensor, " batch"]:
+        """Log q(y|x) - log pi_ref(y|x)."""
+        return self.proposal_logp - self.completions.reference_logp
+
+    def symbols(self) -> Symbols:
+        return self.completions.symbols() | {
+            "logp_q": self.proposal_logp,
+            "u_q": self.proposal_logratio,
+            "r": self.rewards,
             "baseline": self.baseline,
         }
 

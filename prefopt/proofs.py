@@ -163,6 +163,11 @@ def batch_of(
             return batches.Samples(
                 found.logp, proposal, target, torch.full((BATCH,), 0.2).to(dtype)
             )
+        case "Rollouts":
+            found, other = scored(BATCH), scored(BATCH)
+            proposal = found.reference_logp + 0.1 * (other.logp - other.reference_logp)
+            baseline = torch.zeros(BATCH, dtype=dtype)
+            return batches.Rollouts(found, proposal, uniform(-0.2, 0.2, BATCH), baseline)
         case _:
             raise ValueError(f"no such evidence, got '{evidence}'; known: see prefopt.batches")
 
@@ -276,6 +281,10 @@ def descent_raises_what_is_preferred(case: Case) -> Verdict:
             rise = -(wish * down[".completions.logp"]).sum(-1)
         case batches.Labelled(desirable=desirable):
             rise = -down[".completions.logp"] * torch.where(desirable, 1.0, -1.0)
+        case batches.Rollouts():
+            beta = case.hyperparameters["beta"]
+            worth = batch.rewards - beta * batch.completions.logratio
+            rise = -down[".completions.logp"] * worth.sign()
         case batches.Samples():
             rise = down[".logp"] * (batch.logp - batch.target_logp).sign()
         case _:

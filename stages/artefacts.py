@@ -164,6 +164,16 @@ GENERATIONS_SCHEMA = _schema(
     reference_logp=pa.float32(),
     kl=pa.float32(),  # of the next token, policy from reference, summed along the completion
 )
+# What a policy writes to be trained on, until its training has ended.
+ROLLOUTS_SCHEMA = _schema(
+    step=pa.int64(),
+    prompt=pa.int64(),  # row of prompts
+    text=pa.string(),
+    tokens=_TOKENS,
+    proposal_logp=pa.float64(),
+    reference_logp=pa.float64(),
+    features=pa.list_(pa.field("element", pa.float64(), nullable=False)),
+)
 SAMPLES_SCHEMA = _schema(
     prompt=pa.int64(),  # row of prompts
     revision=pa.int8(),  # 0, or how often the policy has revised its completion

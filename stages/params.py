@@ -33,6 +33,7 @@ OWN_PAIRS = "artefacts/pairs.parquet"  # those of the pipeline
 Model = TypeVar("Model", bound=BaseModel)
 
 Count = Annotated[StrictInt, Field(ge=1)]
+Several = Annotated[StrictInt, Field(ge=2)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 # Names become stage names, file names and parts of commands, so their characters are few.
@@ -122,7 +123,7 @@ class Optimiser(Descent):
 
 class Sample(Strict):
     num_prompts: Count
-    num_completions: Annotated[StrictInt, Field(ge=2)]
+    num_completions: Several
     num_validation_prompts: Annotated[StrictInt, Field(ge=0)]
     temperature: Positive
     batch_size: Count

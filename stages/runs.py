@@ -6,7 +6,7 @@ function itself, so a key that the chosen loss does not read is an error.
 
 import functools
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, create_model
 
@@ -16,7 +16,8 @@ from prefopt.losses import LOSSES, Loss
 from prefopt.losses.formulas import hyperparameters_of
 from prefopt.psi import Psi, psi
 from stages.best_of import best_of
-from stages.params import Optimiser, Params, Strict, Watching, checked, did_you_mean
+from stages.params import Count, Optimiser, Params, Several, Strict, Watching, checked, did_you_mean
+from stages.targets import Tilt, Written, read_target
 
 # Evidence that pairs and rankings give, with policy and reference at hand.
 TRAINABLE = (
@@ -28,6 +29,9 @@ TRAINABLE = (
     "Revisions",
     "Rankings",
 )
+
+# Evidence that the policy writes itself while it trains.
+ON_POLICY = ("Samples", "Rollouts")
 
 READERS: dict[Any, Any] = {
     Divergence: Annotated[Divergence, BeforeValidator(divergence)],
@@ -41,6 +45,34 @@ class Options(Strict):
 
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     seed: Annotated[StrictInt, Field(ge=0)] | None = None
+
+
+class Sampled(Strict):
+    """What a run on the policy's own samples says of them, beside its target."""
+
+    num_completions: Several = 4
+    refresh: Count = 1
+
+
+class SampledWithBaseline(Sampled):
+    baseline: Literal["leave_one_out", "step", "none"] = "leave_one_out"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a run samples, and what for.
+
+    Args:
+        target: of the policy; for RL the reference's tilt by its reward and beta.
+        num_completions: of each prompt of a step.
+        refresh: steps whose samples are drawn at once, by the policy as it is before them.
+        baseline: of rewards: the mean of the prompt's other samples, of the step's others, or none.
+    """
+
+    target: Written
+    num_completions: int
+    refresh: int
+    baseline: Literal["leave_one_out", "step", "none"] = "leave_one_out"
 
 
 OVERRIDES = ("learning_rate", "num_epochs", "lora")
@@ -60,6 +92,7 @@ class Run:
         optimiser: the `train` section with this run's overrides.
         watch: the `watch` section with this run's overrides.
         written: all as the person wrote it, for tracking.
+        draws: of a run on the policy's own samples.
     """
 
     loss: Loss
@@ -69,6 +102,7 @@ class Run:
     optimiser: Optimiser
     watch: Watching
     written: dict[str, Any]
+    draws: Draws | None = None
 
 
 def bind(params: Params, name: str) -> Run:
@@ -85,9 +119,11 @@ def bind(params: Params, name: str) -> Run:
     watched = {key: row.pop(key) for key in WATCH_OVERRIDES if key in row}
     options = {key: row.pop(key) for key in Options.model_fields if key in row}
     schema = hyperparameter_schema(loss)
+    sampled = {key: row.pop(key) for key in _sampled_keys(loss) if key in row}
     for key in row:
         if key not in schema.model_fields:
             reads = list(schema.model_fields)
+            reads += _sampled_keys(loss)
             others = ", ".join((*OVERRIDES, *WATCH_OVERRIDES, *Options.model_fields))
             raise ValueError(
                 f"{where}.{key}: no such parameter of '{loss.name}', got {row[key]!r}; it reads: "
@@ -103,6 +139,7 @@ def bind(params: Params, name: str) -> Run:
         optimiser=checked(Optimiser, {**params.train.model_dump(), **overrides}, where),
         watch=checked(Watching, {**params.watch.model_dump(), **watched}, where),
         written=dict(params.runs[name]),
+        draws=_draws(loss, model, sampled, params, where),
     )
     _check_evidence(run, params, where)
     _check_watch(run.watch, params, where)
@@ -121,11 +158,13 @@ def _loss(name: Any, where: str) -> Loss:
 def _check_evidence(run: Run, params: Params, where: str) -> None:
     """Refuse what this pipeline's pairs and rankings cannot train."""
     loss = run.loss
-    if loss.evidence not in TRAINABLE:
-        able = [row.name for row in LOSSES.values() if row.evidence in TRAINABLE]
+    if loss.evidence in ON_POLICY:
+        _check_on_policy(run, params, where)
+    elif loss.evidence not in TRAINABLE:
+        able = [row.name for row in LOSSES.values() if row.evidence in (*TRAINABLE, *ON_POLICY)]
         raise ValueError(
             f"{where}.loss: reads {loss.evidence}, which no stage makes, got '{loss.name}'; "
-            f"trained from pairs and rankings are {', '.join(able)}"
+            f"trained are {', '.join(able)}"
         )
     if loss.evidence == "Revisions" and not params.revision.train:
         raise ValueError(
@@ -154,6 +193,58 @@ def _check_evidence(run: Run, params: Params, where: str) -> None:
             f"{where}.psi: '{utility}' needs soft preferences, got labels that are certain "
             f"(label.method {params.label.method}); a hard label stands for its probability only "
             "under the identity: set label.method to bradley_terry, or psi to identity"
+        )
+
+
+def _sampled_keys(loss: Loss) -> tuple[str, ...]:
+    """What a run of this loss says of its samples."""
+    match loss.evidence:
+        case "Samples":
+            return ("target", *SampledWithBaseline.model_fields)
+        case "Rollouts":
+            return ("reward", *Sampled.model_fields)
+        case _:
+            return ()
+
+
+def _draws(
+    loss: Loss, hyperparameters: Any, sampled: dict[str, Any], params: Params, where: str
+) -> Draws | None:
+    if loss.evidence not in ON_POLICY:
+        return None
+    (what, *_) = _sampled_keys(loss)
+    if what not in sampled:
+        raise ValueError(f"{where}.{what}: is missing, got nothing; '{loss.name}' needs one")
+    if loss.evidence == "Samples":
+        target = read_target(sampled.pop(what), params, f"{where}.{what}")
+        return Draws(target, **checked(SampledWithBaseline, sampled, where).model_dump())
+    reward = sampled.pop(what)
+    params.check_reward_is_known(f"{where}.{what}", str(reward))
+    target = Tilt(reward=reward, beta=hyperparameters.beta)
+    return Draws(target, **checked(Sampled, sampled, where).model_dump())
+
+
+def _check_on_policy(run: Run, params: Params, where: str) -> None:
+    """Refuse what a training on the policy's own samples does not do."""
+    if params.compute.num_processes > 1:
+        raise ValueError(
+            f"{where}: '{run.loss.name}' samples while it trains, which one process does, got "
+            f"compute.num_processes {params.compute.num_processes}; set it to 1"
+        )
+    if params.sample.temperature != 1:
+        raise ValueError(
+            f"{where}: '{run.loss.name}' takes candidates for samples of the reference, got "
+            f"sample.temperature {params.sample.temperature}; set it to 1"
+        )
+    if run.sft_weight:
+        raise ValueError(
+            f"{where}.sft_weight: is of chosen completions, and '{run.loss.name}' has no pairs, "
+            f"got {run.sft_weight}; leave it out"
+        )
+    if run.watch.select != "last":
+        raise ValueError(
+            f"{where}: select '{run.watch.select}' reads a loss on pairs, and '{run.loss.name}' "
+            "has none; set select to last"
         )
 
 

@@ -1,4 +1,4 @@
-"""Train one run on its pairs or rankings: `python -m stages.train RUN`."""
+"""Train one run on its labels, or on its own samples: `python -m stages.train RUN`."""
 
 import argparse
 import sys
@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from prefopt import distributed
 from prefopt.scoring import score
-from stages import models, offline
+from stages import models, offline, onpolicy
 from stages.artefacts import (
+    CANDIDATES,
     COMPLETIONS,
     GENERATIONS_SCHEMA,
     LOGRATIOS_SCHEMA,
@@ -34,7 +35,7 @@ from stages.best_of import best_of
 from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, table_of
 from stages.launch import Together
 from stages.params import Compute, load_params
-from stages.runs import bind
+from stages.runs import ON_POLICY, bind
 from stages.tracking import track
 from stages.training import train
 from stages.untrained import leave_untrained
@@ -55,7 +56,7 @@ def main() -> None:
     compute = params.compute
     run = bind(params, name)
     models.set_up(seed=run.seed, num_threads=compute.num_threads)
-    relevant = {
+    relevant: dict[str, Any] = {
         # A training goes on from checkpoints of any number of processes.
         "compute": compute.model_dump(exclude={"num_processes"}),
         "train": run.optimiser.model_dump(),
@@ -64,6 +65,12 @@ def main() -> None:
         "run": params.runs[name],
     }
     tables = [PROMPTS, COMPLETIONS, PAIRS, REVISIONS, table_of(run.loss.evidence)]
+    if run.draws is not None:
+        tables.append(CANDIDATES)
+        relevant |= {
+            "sample": params.sample.model_dump(include={"batch_size"}),
+            "rewards": params.rewards,
+        }
     datasets = [path for path in tables if path.exists()]
     with (
         Together(compute.num_processes),
@@ -88,13 +95,17 @@ def main() -> None:
     ):
         evidence = Evidence()
         policy = models.load_policy(str(SFT))
-        alive = run.watch.writes or run.loss.evidence in READS_LIVE_REFERENCE
+        alive = run.watch.writes or run.loss.evidence in (*READS_LIVE_REFERENCE, *ON_POLICY)
         reference = models.frozen(policy, run.optimiser) if alive else None
         models.make_trainable(policy, run.optimiser, seed=run.seed)
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
         deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
         journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
-        course = offline.course(pair, evidence, run, compute.token_budget)
+        course = (
+            onpolicy.course(pair, params, run, name, workspace.directory / "rounds")
+            if run.draws
+            else offline.course(pair, evidence, run, compute.token_budget)
+        )
         look = Look(
             course.validation,
             author(pair, params, run.watch),

@@ -12,7 +12,7 @@ from prefopt.losses import LOSSES
 from prefopt.proofs import cases
 from stages import check
 from stages.params import checked, load_params, load_pretrain, read_yaml
-from stages.runs import TRAINABLE, bind, check_runs, hyperparameter_schema
+from stages.runs import ON_POLICY, TRAINABLE, bind, check_runs, hyperparameter_schema
 from stages.training import optimisation
 
 Write = Callable[..., dict[str, Any]]
@@ -61,14 +61,19 @@ def test_a_divergence_is_written_by_name_with_its_parameter_or_as_a_formula(
     assert bind(load_params(), "x").hyperparameters["divergence"].name == name
 
 
-def test_every_loss_that_labels_can_train_binds_from_its_signature(write_params: Write) -> None:
+def test_every_loss_that_can_train_binds_from_its_signature(write_params: Write) -> None:
     special = {"divergence": "squared_log", "psi": "identity"}
+    samples = {
+        "Samples": {"target": {"reward": "vader", "beta": 0.1}},
+        "Rollouts": {"reward": "vader"},
+    }
     for loss in LOSSES.values():
         values = cases(loss)[0].hyperparameters
         row = {name: special.get(name, value) for name, value in values.items()}
+        row |= samples.get(loss.evidence, {})
         evidence = {"revision.train": True, "label.num_ranked": 4}
         write_params(**{"runs": {"x": {"loss": loss.name, **row}}, **evidence})
-        if loss.evidence in TRAINABLE:
+        if loss.evidence in (*TRAINABLE, *ON_POLICY):
             assert set(bind(load_params(), "x").hyperparameters) == set(values)
         else:
             with refused(f"runs.x.loss: reads {loss.evidence}, which no stage makes, got '"):

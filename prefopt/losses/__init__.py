@@ -50,11 +50,20 @@ class Loss:
             listwise,
             pairwise,
             reference_free,
+            reinforcement,
             self_improvement,
             unpaired,
         )
 
-        families = (distributional, listwise, pairwise, reference_free, self_improvement, unpaired)
+        families = (
+            distributional,
+            listwise,
+            pairwise,
+            reference_free,
+            reinforcement,
+            self_improvement,
+            unpaired,
+        )
         (module,) = (m for m in families if m.__name__ == f"prefopt.losses.{self.family}")
         return vars(module)[self.name]
 
@@ -189,6 +198,13 @@ LOSSES: dict[str, Loss] = {
         Loss("f_dpg", "distributional", "Samples",
              "-sg(exp(logp - logp_q)*(max(floor, -derivative(logp - logp_p)) - baseline))*logp",
              "", "", "Go et al. 2023, 2302.08215", reference=False),
+        Loss("rloo", "reinforcement", "Rollouts",
+             "-sg(exp(logp - logp_q)*(r - beta*u - baseline))*logp",
+             "beta*u", "", "Ahmadian et al. 2024, 2402.14740"),
+        Loss("ppo", "reinforcement", "Rollouts",
+             "-min(exp(logp - logp_q)*(r - beta*u_q - baseline), min(1 + clip, max(1 - clip,"
+             " exp(logp - logp_q)))*(r - beta*u_q - baseline))",
+             "beta*u", "", "Schulman et al. 2017, 1707.06347"),
     )
 }
 # fmt: on

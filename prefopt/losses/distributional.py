@@ -38,7 +38,28 @@ def f_dpg(samples: Samples, *, divergence: Divergence, floor: Negative = -50.0) 
     """
     with torch.no_grad():
         weight = torch.exp((samples.logp - samples.proposal_logp).clamp(max=LARGEST_EXPONENT))
-        u = (samples.logp - samples.target_logp).clamp(max=EXCLUDED)
-        pseudo_reward = -divergence.derivative(u)
-        advantage = pseudo_reward.clamp(min=floor) - samples.baseline
+        rewards = pseudo_rewards(samples.logp - samples.target_logp, divergence, floor)
+        advantage = rewards - samples.baseline
     return -weight * advantage * samples.logp
+
+
+def pseudo_rewards(
+    u: Float[Tensor, "*shape"], divergence: Divergence, floor: float
+) -> Float[Tensor, "*shape"]:
+    """-f'(pi/p), raised to the floor.
+
+    Args:
+        u: log pi/p; infinite where the target is zero.
+        divergence: any.
+        floor: below zero.
+    """
+    return (-divergence.derivative(u.clamp(max=EXCLUDED))).clamp(min=floor)
+
+
+def leave_one_out(rewards: Float[Tensor, "prompts k"]) -> Float[Tensor, "prompts k"]:
+    """For each of K >= 2 rewards the mean of the K - 1 others.
+
+    As a baseline it leaves the expected gradient unchanged, because a sample has no say in its own.
+    Kool, van Hoof and Welling 2019.
+    """
+    return (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)

@@ -50,6 +50,7 @@ CONSTANTS = [
     "baseline",
     "logp_p",
     "logp_q",
+    "u_q",
 ]
 
 
