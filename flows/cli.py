@@ -159,6 +159,31 @@ def judges() -> None:
     typer.echo(_or_exit(estimates))
 
 
+@app.command()
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="a stage, run, path, git revision, MLflow run or models:/NAME@ALIAS; else all"
+        ),
+    ] = "",
+    deep: Annotated[bool, typer.Option("--deep", help="read every byte again")] = False,
+    replay: Annotated[
+        list[str] | None, typer.Option(help="run again: all, a number of stages, or a stage")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say where models and numbers came from, and verify it: 0 holds, 1 fails, 2 cannot tell."""
+    from flows import audit
+
+    def say(name: str) -> None:
+        typer.echo(f"replaying {name}", err=True)
+
+    found = _or_exit(lambda: audit.audit(target, deep=deep, replays=replay or (), say=say), code=2)
+    typer.echo(audit.as_json(found) if as_json else audit.as_text(found))
+    sys.exit(found.exit_code)
+
+
 def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)
@@ -167,12 +192,13 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _or_exit(answer: Callable[[], Answer]) -> Answer:
-    """The answer; of what a person wrote wrongly, one line and exit code 1."""
+def _or_exit(answer: Callable[[], Answer], code: int = 1) -> Answer:
+    """The answer; of what a person wrote wrongly, one line and an exit code."""
     try:
         return answer()
     except ValueError as error:
-        sys.exit(str(error))
+        sys.stderr.write(f"{error}\n")
+        sys.exit(code)
 
 
 cache = typer.Typer(no_args_is_help=True, help="What was computed once and is kept.")
