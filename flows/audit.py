@@ -7,9 +7,6 @@ what nothing vouches for cannot be told; the rest holds.
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -19,6 +16,7 @@ from typing import Any, Literal
 from flows import git
 from flows.lineage import Lineage, Snapshot, read_lineage, snapshot
 from flows.objects import Objects, folder_digest
+from flows.programs import complaint, start
 from flows.replay import NotReplayed, Replayer, chosen, replaying
 
 Severity = Literal["failed", "unknown", "note"]
@@ -632,31 +630,20 @@ class Speakers:
     """
 
     def __init__(self, wanted: bool) -> None:
-        self._started = {module: _start(module) for module in ("claims", "records") if wanted}
+        self._started = {module: start(module) for module in ("claims", "records") if wanted}
 
     def answer(self, module: str) -> tuple[Any, str]:
         """What a program of stages says, and what it complained of if it failed."""
         process = self._started[module]
         said, complained = process.communicate()
         if process.returncode:
-            return None, (complained.strip().splitlines() or ["nothing"])[-1]
+            return None, complaint(complained)
         return json.loads(said), ""
-
-
-def _start(module: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        # -P: the auditor's own code, not that of the tree that is audited.
-        [sys.executable, "-P", "-m", f"stages.{module}", *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def find_record(written: str) -> dict[str, Any] | None:
     """The record of an MLflow run, or of the run behind a model version or alias."""
-    process = _start("records", "--find", written)
+    process = start("records", "--find", written)
     said, _ = process.communicate()
     return json.loads(said) if process.returncode == 0 else None
 

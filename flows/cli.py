@@ -184,6 +184,31 @@ def audit(
     sys.exit(found.exit_code)
 
 
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="a git revision, a folder or a dvc.lock")],
+    second: Annotated[str, typer.Argument(help="another")],
+    stage: Annotated[str, typer.Option(help="only what this stage came from")] = "",
+) -> None:
+    """Say what differs between two results, down to the first cause: 0 nothing, 1 something."""
+    from flows import differences
+
+    sides = _or_exit(lambda: (differences.side(first), differences.side(second)), code=2)
+    found = _or_exit(lambda: differences.differences(*sides, stage), code=2)
+    typer.echo(differences.as_text(found))
+    sys.exit(1 if found.causes or found.changed else 0)
+
+
+@app.command()
+def impact(
+    what: Annotated[str, typer.Argument(help="a path, a git revision, row:IDENTITY, or words")],
+) -> None:
+    """List every model and number that a datum, a file or a commit touched."""
+    from flows import impact
+
+    typer.echo(impact.as_text(_or_exit(lambda: impact.impact(what))))
+
+
 def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 from flows import git
@@ -111,14 +111,25 @@ class Lineage:
 
 
 def read_lineage(lock: str) -> Lineage:
-    """The lineage that the text of a dvc.lock records."""
+    """The lineage that the text of a dvc.lock records.
+
+    Raises:
+        ValueError: if stages need each other.
+    """
     from dvc.utils.serialize import parse_yaml
 
     entries: dict[str, Any] = (parse_yaml(lock, git.LOCK) or {}).get("stages") or {}
     stages = {name: _stage(name, entry) for name, entry in entries.items()}
     unordered = Lineage(stages)
     needs = {name: unordered.needs_of(name) for name in stages}
-    return Lineage({name: stages[name] for name in TopologicalSorter(needs).static_order()})
+    try:
+        order = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise ValueError(
+            f"{git.LOCK}: its stages need each other, got {', '.join(error.args[1])}; "
+            f"`git checkout {git.LOCK}`"
+        ) from error
+    return Lineage({name: stages[name] for name in order})
 
 
 def _stage(name: str, entry: Mapping[str, Any]) -> Stage:

@@ -66,7 +66,7 @@ class Objects:
             return None
         meta, found = hash_file(path, self._cache.fs, "md5", self._state)
         self.bytes_seen += meta.size or 0
-        return _value(found) + (".dir" if digest.endswith(".dir") else "")
+        return _value(found).removesuffix(".dir") + (".dir" if digest.endswith(".dir") else "")
 
     def path_of(self, digest: str) -> str:
         """Where the cache holds, or would hold, a digest."""

@@ -5,7 +5,9 @@ is trained, sampled or judged again: splits, verdicts, headline numbers, the tab
 and which weights a model says that it adapts.
 """
 
+import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +49,9 @@ from stages.tables import markdown, result_columns, summary
 from stages.verdicts import judgements, prompts_of, questions, rows_where, samples
 
 ADAPTED = "adapted.json"
+PUBLISHED = Path("report")
+STAMP = re.compile("SHA-256 of dvc.lock <code>([0-9a-f]{64})</code>")
+LINE_OF_STAMP = re.compile('<p class="stamp">.*</p>')
 NUM_SHOWN = 3
 EVALUATED = ("test", "shifted")
 
@@ -79,6 +84,7 @@ def main() -> None:
         *of_verdicts(params),
         *of_metrics(params),
         *of_report(params),
+        *of_publication(),
     ]
     failing = [asdict(claim) for claim in looked_at if not claim.holds]
     sys.stdout.write(json.dumps({"num_checks": len(looked_at), "findings": failing}) + "\n")
@@ -302,6 +308,21 @@ def of_report(params: Params) -> Iterator[Claim]:
             " ".join(written[line : line + 1]),
             "run `dvc repro --force report`",
         )
+
+
+def of_publication() -> Iterator[Claim]:
+    """The page that was published is the report, and its stamp names the present dvc.lock."""
+    page = PUBLISHED / "index.html"
+    if not page.is_file():
+        return
+    text, remedy = page.read_text(), "run `python -m stages.report --publish`"
+    stamped = STAMP.search(text)
+    lock = hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()
+    yield Claim("stamp", str(page), lock, stamped[1] if stamped else "no stamp", remedy, "unknown")
+    unstamped = (REPORT / page.name).read_text()
+    bodies = [LINE_OF_STAMP.sub("", each) for each in (unstamped, text)]
+    wanted, found = (hashlib.sha256(body.encode()).hexdigest() for body in bodies)
+    yield Claim("page", str(page), wanted, found, remedy)
 
 
 if __name__ == "__main__":
