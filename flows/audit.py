@@ -7,6 +7,7 @@ what nothing vouches for cannot be told; the rest holds.
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -22,6 +23,7 @@ from flows.replay import NotReplayed, Replayer, chosen, replaying
 Severity = Literal["failed", "unknown", "note"]
 EXIT_CODES: dict[Severity, int] = {"failed": 1, "unknown": 2, "note": 0}
 ENVIRONMENT = "requirements.lock"
+MLFLOW_NAME = re.compile(r"[0-9a-f]{32}|models:/.+")
 SHORT = 12  # characters of a digest that a person reads
 
 
@@ -643,6 +645,8 @@ class Speakers:
 
 def find_record(written: str) -> dict[str, Any] | None:
     """The record of an MLflow run, or of the run behind a model version or alias."""
+    if not MLFLOW_NAME.fullmatch(written):
+        return None
     process = start("records", "--find", written)
     said, _ = process.communicate()
     return json.loads(said) if process.returncode == 0 else None
