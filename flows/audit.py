@@ -5,6 +5,7 @@ Three things must agree: a commit (code, parameters, dvc.yaml), the record (dvc.
 what nothing vouches for cannot be told; the rest holds.
 """
 
+import functools
 import importlib.metadata
 import json
 import re
@@ -296,10 +297,7 @@ def _check_environment(checks: Checks, environment: str) -> None:
         package, pinned, version = line.partition("==")
         if not pinned:
             continue
-        try:
-            installed = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "none"
+        installed = _installed(package)
         checks.expect(
             installed == version,
             Finding(
@@ -311,6 +309,14 @@ def _check_environment(checks: Checks, environment: str) -> None:
                 remedy="install the lock before a replay",
             ),
         )
+
+
+@functools.cache
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _check_plans(
