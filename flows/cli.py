@@ -262,6 +262,56 @@ def status() -> None:
     typer.echo(_or_exit(report))
 
 
+@app.command()
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="a stage, run, path, git revision, MLflow run or models:/NAME@ALIAS; else all"
+        ),
+    ] = "",
+    deep: Annotated[bool, typer.Option("--deep", help="read every byte again")] = False,
+    replay: Annotated[
+        list[str] | None, typer.Option(help="run again: all, a number of stages, or a stage")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say where models and numbers came from, and verify it: 0 holds, 1 fails, 2 cannot tell."""
+    from flows import audit
+
+    def say(name: str) -> None:
+        typer.echo(f"replaying {name}", err=True)
+
+    found = _or_exit(lambda: audit.audit(target, deep=deep, replays=replay or (), say=say), code=2)
+    typer.echo(audit.as_json(found) if as_json else audit.as_text(found))
+    sys.exit(found.exit_code)
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="a git revision, a folder or a dvc.lock")],
+    second: Annotated[str, typer.Argument(help="another")],
+    stage: Annotated[str, typer.Option(help="only what this stage came from")] = "",
+) -> None:
+    """Say what differs between two results, down to the first cause: 0 nothing, 1 something."""
+    from flows import differences
+
+    sides = _or_exit(lambda: (differences.side(first), differences.side(second)), code=2)
+    found = _or_exit(lambda: differences.differences(*sides, stage), code=2)
+    typer.echo(differences.as_text(found))
+    sys.exit(1 if found.causes or found.changed else 0)
+
+
+@app.command()
+def impact(
+    what: Annotated[str, typer.Argument(help="a path, a git revision, row:IDENTITY, or words")],
+) -> None:
+    """List every model and number that a datum, a file or a commit touched."""
+    from flows import impact
+
+    typer.echo(impact.as_text(_or_exit(lambda: impact.impact(what))))
+
+
 def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)
@@ -270,12 +320,13 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _or_exit(answer: Callable[[], Answer]) -> Answer:
-    """The answer; of what a person wrote wrongly, one line and exit code 1."""
+def _or_exit(answer: Callable[[], Answer], code: int = 1) -> Answer:
+    """The answer; of what a person wrote wrongly, one line and an exit code."""
     try:
         return answer()
     except ValueError as error:
-        sys.exit(str(error))
+        sys.stderr.write(f"{error}\n")
+        sys.exit(code)
 
 
 cache = typer.Typer(no_args_is_help=True, help="What was computed once and is kept.")

@@ -27,7 +27,7 @@ HOMES = {
     "yaml": ["stages/params.py"],
     "ruamel": ["stages/recipes.py"],
     "pydantic": ["stages/params.py", "stages/runs.py"],
-    "mlflow": ["stages/tracking.py"],
+    "mlflow": ["stages/tracking.py", "stages/records.py"],
     "sympy": ["prefopt/"],
     "prefect": ["flows/"],
     "dvc": ["flows/"],
@@ -43,7 +43,13 @@ HOMES = {
 }
 # Parts that programs share; every other module of stages with a `main` is a program.
 SHARED = {"stages.params", "stages.artefacts", "stages.models", "stages.judges", "stages.tracking"}
-WITHOUT_A_STAGE = {"stages.pretrain", "stages.tracking"}
+WITHOUT_A_STAGE = {
+    "stages.pretrain",
+    "stages.tracking",
+    "stages.claims",
+    "stages.records",
+    "stages.traces",
+}
 
 
 def imports(path: Path, *, lazy: bool = True) -> Iterator[str]:
