@@ -71,6 +71,7 @@ class Machines:
         self.folder, self.server, self.bucket = folder, server, bucket
         self.workspace, self.faults = folder / "workspace", folder / "faults"
         self.faults.mkdir()
+        (self.faults / "log").touch()
         for name in ("shared", "tmp"):
             (folder / name).mkdir()
         self.environment = {
