@@ -16,7 +16,6 @@ from stages.runs import check_runs
 
 def main() -> None:
     params = load_params()
-    check_files(params)
     runs = check_runs(params)
     sampling.check(params.compute)
     models.check(params.base)
@@ -27,6 +26,7 @@ def main() -> None:
         check_base(f"reward_models.{name}.base", params.reward_model(name).base)
     for name in set(params.evaluation.judges) & set(params.judges):
         check_judge(params, name)
+    check_files(params)
     with stage("check", inputs=[], outputs=[CHECKED], params=params.model_dump()) as workspace:
         workspace.partial(CHECKED).write_text("params.yaml and the base model are sound\n")
 
