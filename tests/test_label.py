@@ -176,7 +176,9 @@ def test_labels_are_of_their_prompts_split_and_validation_changes_no_training_pa
     groups = [TEXTS, TEXTS[:2], TEXTS[2:], TEXTS[1:4]]
     split = ["train", "train", "validation", "validation"]
     settings = Label(method=method, reward="vader", scale=1.0, num_ranked=None)
-    found = list(label.judged(prompts_of(4, split=split), candidates_of(groups), settings, 0))
+    found = list(
+        label.judged(prompts_of(4, split=split), candidates_of(groups), VADER, settings, 0)
+    )
     assert found[:2] == judged(groups[:2], method)
     assert [labels.split for labels in found] == split
 
