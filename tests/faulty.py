@@ -96,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.send(400, b'{"error": "Unexpected fields: response_format"}', {})
             case "too long":
                 return self.send(400, b'{"error": {"code": "context_length_exceeded"}}', {})
+            case "slow":
+                time.sleep(0.05)  # so that calls at once are seen at once
             case "hang":
                 time.sleep(3)
             case "garbage":

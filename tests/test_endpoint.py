@@ -50,7 +50,7 @@ def verdicts(judgements: list[Judgement]) -> list[str]:
 
 
 def test_both_orders_are_asked_once_in_the_form_and_never_again() -> None:
-    with served(well) as server:
+    with served(always("slow")) as server:
         judgements = asked(server, concurrency=3).judge(comparisons(20))
         assert verdicts(judgements) == expected(20)
         assert all(judgement.order_consistent for judgement in judgements)
