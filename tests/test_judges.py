@@ -379,7 +379,7 @@ def test_the_pipelines_pairs_become_items_with_the_chosen_side_as_label(workplac
     }  # fmt: skip
     write_table(PAIRS, pairs, PAIRS_SCHEMA)
     for each, (better, worse) in zip(
-        exam.labelled_pairs(), [(" c", " a"), (" ok", " c")], strict=True
+        exam.pairs_as_items(), [(" c", " a"), (" ok", " c")], strict=True
     ):
         assert each.prompt == "The movie"
         sides = (each.first, each.second) if each.first_is_better else (each.second, each.first)
