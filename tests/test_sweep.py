@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from stages.families import put, sweeps, without
-from stages.params import load_params
+from stages.params import Params, load_params
 from stages.runs import check_runs
 
 SHIPPED = (PROJECT / "params.yaml").read_text()
@@ -181,7 +182,7 @@ def dvc(*arguments: str) -> str:
     return done.stdout
 
 
-def outputs(stage: dict[str, Any], runs: list[str], judges: list[str]) -> list[str]:
+def outputs(stage: dict[str, Any], params: Params) -> list[str]:
     """The paths that a stage of dvc.yaml writes, its template unfolded."""
     of = stage.get("do", stage)
     paths = [
@@ -189,7 +190,12 @@ def outputs(stage: dict[str, Any], runs: list[str], judges: list[str]) -> list[s
         for kind in ("outs", "metrics", "plots")
         for out in of.get(kind, [])
     ]
-    keys = {"${runs}": runs, "${evaluation.judges}": judges}.get(stage.get("foreach", ""), [""])
+    each: dict[str, Iterable[str]] = {
+        "${runs}": params.runs,
+        "${reward_models}": params.reward_models,
+        "${evaluation.judges}": params.evaluation.judges,
+    }
+    keys = each.get(stage.get("foreach", ""), [""])
     return [re.sub(r"\$\{(key|item)\}", key, path) for key in keys for path in paths]
 
 
@@ -198,7 +204,7 @@ def test_after_a_sweep_dvc_runs_the_new_trainings_and_none_that_was_there(params
         shutil.copytree(PROJECT / folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
     loaded = load_params()
     for stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].values():
-        for path in outputs(stage, list(loaded.runs), loaded.evaluation.judges):
+        for path in outputs(stage, loaded):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(f"stands for {path}\n")
     dvc("init", "--no-scm", "--quiet")
