@@ -128,12 +128,17 @@ def read_stale(running: set[str]) -> Stale:
         with Repo(".") as repo:
             stages: dict[str, Any] = {stage.addressing: stage for stage in repo.index.stages}
             makers = {str(out): name for name, stage in stages.items() for out in stage.outs}
+            # Read once: a stage's own view of its dvc.yaml parses dvc.lock again.
+            files = {stage.path: stage.dvcfile for stage in stages.values()}
+            locked = {
+                path: set(file.lockfile_contents.get("stages", {})) for path, file in files.items()
+            }
             for name, stage in stages.items():
                 read = {str(dep) for dep in stage.deps}
                 made |= {path: _makers(path, makers) for path in read - set(made)}
                 sources[name] = set[str]().union(*(made[path] for path in read))
                 if name not in running:
-                    known = stage.name in stage.dvcfile.lockfile_contents.get("stages", {})
+                    known = stage.name in locked[stage.path]
                     changes[name] = status(stage).get(name, []) if known else [NEVER]
     except (DvcException, OSError) as error:
         raise ValueError(
