@@ -10,54 +10,25 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from flows import git
+from flows import git, signing
+from flows.findings import EXIT_CODES, SHORT, Checks, Finding
 from flows.lineage import Lineage, Snapshot, read_lineage, snapshot
 from flows.objects import Objects, folder_digest
 from flows.programs import complaint, start
 from flows.replay import NotReplayed, Replayer, chosen, replaying
+from flows.statements import FOLDER, Files, Written, at, read_statements, statement
 
-Severity = Literal["failed", "unknown", "note"]
-EXIT_CODES: dict[Severity, int] = {"failed": 1, "unknown": 2, "note": 0}
+if TYPE_CHECKING:
+    from securesystemslib.signer import Key
+
 ENVIRONMENT = "requirements.lock"
+MOST = 80  # characters of a statement's fact that a person reads
 MLFLOW_NAME = re.compile(r"[0-9a-f]{32}|models:/.+")
-SHORT = 12  # characters of a digest that a person reads
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that does not hold, or that cannot be told."""
-
-    severity: Severity
-    check: str
-    artefact: str
-    expected: str
-    found: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.severity}: {self.artefact}: {self.check}: expected {self.expected}, "
-            f"got {self.found}; {self.remedy}"
-        )
-
-
-@dataclass
-class Checks:
-    """Counts what was held against what, and keeps what did not hold."""
-
-    findings: list[Finding] = field(default_factory=list)
-    count: int = 0
-
-    def expect(self, holds: bool, otherwise: Finding) -> bool:
-        self.count += 1
-        if not holds:
-            self.findings.append(otherwise)
-        return holds
 
 
 @dataclass(frozen=True)
@@ -111,7 +82,9 @@ def audit(
     written: str = "",
     *,
     deep: bool = False,
+    also: Sequence[str] = (),
     replays: Sequence[str] = (),
+    statements: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Audit:
     """Audit a target of the pipeline in the working directory.
@@ -120,7 +93,9 @@ def audit(
         written: a stage, a run, a path, a git revision, an MLflow run, model version or alias; or
             nothing, which is all of the pipeline.
         deep: read every byte again, also of files that DVC knows to be unchanged.
+        also: stages beside it, with what they came from.
         replays: which stages to run again: `all`, a number, names.
+        statements: hold those that were written against the rest too.
         say: hears of each stage before it is run again.
 
     Raises:
@@ -135,6 +110,8 @@ def audit(
         raise ValueError(f"audit: no pipeline here, got {error}; change to its folder") from error
     with repo:
         target = resolve(written)
+        names = target.lineage.upstream([*target.stages, *also])
+        target = replace(target, stages=names)
         in_place = target.revision is None
         speakers = Speakers(in_place)
         checks = Checks()
@@ -157,6 +134,8 @@ def audit(
             _check_strangers(checks, lineage)
             _check_claims(checks, lineage, stages, speakers)
             _check_records(checks, lineage, stages, commit, speakers)
+        if in_place and statements:
+            _check_statements(checks, lineage, stages, commit, Files(objects, deep=deep))
         again = chosen(replays, stages)
         if again:
             with replaying(commit, lineage, committed, objects) as replayer:
@@ -747,7 +726,12 @@ def _check_training(
                 remedy=remedy,
             ),
         )
-    _check_commit(checks, lineage, name, who, record["tags"], blobs)
+    # What was edited then is committed since: the sources were held against a commit.
+    dirty = record["tags"].get("git.dirty") == "true"
+    written = record["tags"].get("git.commit", "none")
+    _check_commit(
+        checks, lineage, name, who, "MLflow tag git.commit", written, {} if dirty else blobs
+    )
 
 
 def _facts(
@@ -789,16 +773,16 @@ def _check_commit(
     lineage: Lineage,
     name: str,
     who: str,
-    tags: Mapping[str, str],
+    check: str,
+    commit: str,
     blobs: Mapping[str, str],
 ) -> None:
     """The commit that a record names is there, and holds the code that the stage read."""
-    commit = tags.get("git.commit", "none")
     if not checks.expect(
         git.is_commit(commit),
         Finding(
             "unknown",
-            "MLflow tag git.commit",
+            check,
             who,
             expected="a commit of this repository",
             found=commit[:SHORT],
@@ -806,8 +790,6 @@ def _check_commit(
         ),
     ):
         return
-    if tags.get("git.dirty") == "true":
-        return  # What was edited then is committed since: the sources were held against a commit.
     then = git.blobs_at(commit)
     for path in lineage.sources_of(name):
         if path in blobs:
@@ -815,13 +797,111 @@ def _check_commit(
                 then.get(path) == blobs[path],
                 Finding(
                     "failed",
-                    f"MLflow tag git.commit: {path}",
+                    f"{check}: {path}",
                     who,
                     expected=f"the code of {name} at {commit[:SHORT]}",
                     found="other code there",
-                    remedy="ask who changed the tag; run the training again",
+                    remedy=f"ask who changed it; run {name} again and record it anew",
                 ),
             )
+
+
+def _check_statements(
+    checks: Checks, lineage: Lineage, stages: Sequence[str], commit: str, files: Files
+) -> None:
+    """Statements say what dvc.lock and the bytes say, and their signatures are the key's."""
+    written = [
+        each
+        for each in read_statements(FOLDER)
+        if each.stage in stages or each.stage not in lineage.stages
+    ]
+    if not written:
+        return
+    key = signing.public_key()
+    blobs = git.blobs_at(commit)
+    for each in written:
+        if key or each.envelope:
+            _check_signature(checks, each, key)
+        if _check_statement(checks, lineage, each, files):
+            where = each.path.as_posix()
+            check = "commit of the statement"
+            _check_commit(checks, lineage, each.stage, where, check, each.commit, blobs)
+    files.remember()
+
+
+REWRITE = "ask who changed it; write it anew by `prefopt provenance`"
+
+
+def _check_signature(checks: Checks, written: Written, key: "Key | None") -> None:
+    where = written.path.as_posix()
+    if not checks.expect(
+        key is not None,
+        Finding(
+            "unknown",
+            "signature",
+            where,
+            expected="a public key to verify it by",
+            found="none",
+            remedy=f"set {signing.PUBLIC_KEY}",
+        ),
+    ):
+        return
+    assert key is not None
+    names = signing.signers(written.envelope) if written.envelope else []
+    checks.expect(
+        written.envelope is not None and signing.is_signed_by(written.envelope, key),
+        Finding(
+            "failed",
+            "signature",
+            where,
+            expected=f"one by the key {key.keyid[:SHORT]}",
+            found="one that does not verify"
+            if key.keyid in names
+            else f"those by {_listed(name[:SHORT] for name in names)}",
+            remedy=REWRITE,
+        ),
+    )
+
+
+def _check_statement(checks: Checks, lineage: Lineage, written: Written, files: Files) -> bool:
+    """A statement is the one that would be written now, its commit apart."""
+    where = written.path.as_posix()
+    known = written.stage in lineage.stages
+    try:
+        wanted = statement(lineage, written.stage, written.commit, files) if known else None
+    except ValueError as error:
+        return checks.expect(
+            False,
+            Finding(
+                "unknown",
+                "statement",
+                where,
+                expected="artefacts to hold it against",
+                found=str(error),
+                remedy="mend that first",
+            ),
+        )
+    differing = list(_differing(wanted, written.tree))
+    place, expected, found = next(iter(differing), ("", "", ""))
+    return checks.expect(
+        not differing,
+        Finding("failed", f"statement: {place}", where, expected, found, REWRITE),
+    )
+
+
+def _differing(wanted: Any, found: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
+    """Places of two trees, what one has there and what the other has."""
+    match wanted, found:
+        case dict(), dict():
+            keys = dict.fromkeys([*wanted, *found])
+        case list(), list():
+            keys = range(max(len(wanted), len(found)))
+        case _:
+            if wanted != found:
+                yield place or "all", json.dumps(wanted)[:MOST], json.dumps(found)[:MOST]
+            return
+    for key in keys:
+        yield from _differing(at(wanted, key), at(found, key), f"{place}/{key}".lstrip("/"))
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -900,7 +980,7 @@ def _told(found: Audit, name: str) -> list[str]:
     stage = found.lineage.stages[name]
     lines = [f"{name}: {stage.command}"]
     sources = found.lineage.sources_of(name)
-    code = {path: digest for path, digest in sources.items() if path.endswith(".py")}
+    code = {path: sources[path] for path in sources.keys() - found.lineage.data_of(name).keys()}
     for path, digest in stage.inputs.items():
         if path not in code:
             makers = found.lineage.makers_of(path)

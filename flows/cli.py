@@ -288,6 +288,32 @@ def audit(
 
 
 @app.command()
+def provenance(
+    target: Annotated[str, typer.Argument(help="as of audit, in the working tree; else all")] = "",
+    out: Annotated[Path, typer.Option(help="a folder")] = Path("provenance"),
+    sign: Annotated[bool, typer.Option("--sign", help="by the key of PREFOPT_SIGNING_KEY")] = False,
+) -> None:
+    """Write statements (in-toto, SLSA), a graph (W3C PROV) and a bill of materials (CycloneDX)."""
+    from flows.provenance import provenance
+
+    found = _or_exit(lambda: provenance(target, out, sign=sign))
+    typer.echo(f"{out}: {len(found.stages)} statements of commit {found.commit}")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="that was evaluated")],
+    folder: Annotated[Path, typer.Argument(help="a new one")],
+    sign: Annotated[bool, typer.Option("--sign", help="by the key of PREFOPT_SIGNING_KEY")] = False,
+) -> None:
+    """Copy a run's model with its card and its records, to hand it on."""
+    from flows.provenance import export
+
+    found = _or_exit(lambda: export(run, folder, sign=sign))
+    typer.echo(f"{folder}: {run} of commit {found.commit}")
+
+
+@app.command()
 def diff(
     first: Annotated[str, typer.Argument(help="a git revision, a folder or a dvc.lock")],
     second: Annotated[str, typer.Argument(help="another")],

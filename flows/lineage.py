@@ -17,6 +17,8 @@ from flows import git
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
+CODE = (".py", ".jinja", ".css", ".js")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -84,6 +86,11 @@ class Lineage:
         """A stage's inputs that no stage made, raw data and code: path -> digest."""
         inputs = self.stages[name].inputs
         return {path: digest for path, digest in inputs.items() if not self.makers_of(path)}
+
+    def data_of(self, name: str) -> dict[str, str]:
+        """A stage's sources that are no code: raw data, base models, templates of prompts."""
+        sources = self.sources_of(name)
+        return {path: digest for path, digest in sources.items() if not path.endswith(CODE)}
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Hold what artefacts claim against what they come from: `python -m stages.claims`.
 
 Prints JSON for `prefopt audit`: how many claims were looked at, and those that do not hold. Nothing
-is trained, sampled or judged again: splits, verdicts, headline numbers, the tables of the report,
-and which weights a model says that it adapts.
+is trained, sampled or judged again: splits, rankings, verdicts, headline numbers, the tables of the
+report and of the frontier, and which weights a model says that it adapts.
 """
 
+import csv
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,16 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.metrics import best_of_kl_bound
 from prefopt.statistics.intervals import points, win_rate
 from stages.artefacts import (
+    COMPARISON,
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
+    FRONTIER,
     JUDGEMENTS_SCHEMA,
     LOGRATIOS_SCHEMA,
     PAIRS,
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    RANKINGS,
+    RANKINGS_SCHEMA,
     REFERENCE,
     REFERENCE_SCHEMA,
     REPORT,
@@ -38,10 +45,14 @@ from stages.artefacts import (
     model_of,
     program,
     read_table,
+    reliability_of,
+    reward_metrics_of,
     rows_of_split,
     samples_of,
     weights_digest,
 )
+from stages.best_of import best_of
+from stages.frontier import table_of
 from stages.leaks import leaks
 from stages.params import Params, load_params
 from stages.results import load_reference, load_results
@@ -78,11 +89,14 @@ def main() -> None:
         *of_judges(params),
         *of_splits(params),
         *of_pairs(),
+        *of_rankings(params),
+        *of_rewards(params),
         *of_row_counts(params),
         *of_models(params),
         *of_samples(params),
         *of_verdicts(params),
         *of_metrics(params),
+        *of_frontier(),
         *of_report(params),
         *of_publication(),
     ]
@@ -165,6 +179,63 @@ def of_pairs() -> Iterator[Claim]:
         ", ".join(islice(strangers, NUM_SHOWN)) or "pairs of prompts of their split",
         "run `dvc repro --force label`",
     )
+
+
+def of_rankings(params: Params) -> Iterator[Claim]:
+    """A ranking is of one prompt, of the split that it names, and of as many as were asked for."""
+    prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
+    split_of = dict(zip(map(tuple, prompts["tokens"]), prompts["split"], strict=True))
+    completions = map_table(COMPLETIONS, COMPLETIONS_SCHEMA)
+    rankings = map_table(RANKINGS, RANKINGS_SCHEMA)
+    wrong: list[str] = []
+    rows = zip(*(rankings[column] for column in RANKINGS_SCHEMA.names), strict=True)
+    for number, (split, ranked, rewards) in enumerate(rows):
+        splits = {split_of.get(tuple(completions["prompt"][each])) for each in ranked}
+        one = len({tuple(completions["prompt"][each]) for each in ranked}) == 1
+        sizes = {len(ranked), len(rewards)}
+        if not one or splits != {split} or sizes != {params.label.num_ranked}:
+            wrong.append(f"row {number}")
+    yield Claim(
+        "rankings",
+        str(RANKINGS),
+        "rankings of one prompt of their split",
+        ", ".join(wrong[:NUM_SHOWN]) or "rankings of one prompt of their split",
+        "run `dvc repro --force label`",
+    )
+
+
+def of_rewards(params: Params) -> Iterator[Claim]:
+    """What a reward model's reliability diagram counts is what its metrics say of it."""
+    for name in params.reward_models:
+        metrics = json.loads(reward_metrics_of(name).read_text())
+        with open(reliability_of(name), newline="") as file:
+            bins = [
+                {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)
+            ]
+        num_pairs = sum(each["num_pairs"] for each in bins)
+        error = sum(
+            each["num_pairs"] / num_pairs * abs(each["correct"] - each["confidence"])
+            for each in bins
+        )
+        claimed: float = metrics["calibration_error"]
+        near = math.isclose(error, claimed, abs_tol=2e-6)  # Of numbers with six decimals.
+        for what, expected, found in (
+            ("pairs/held_out", int(num_pairs), metrics["pairs"]["held_out"]),
+            ("calibration_error", claimed if near else round(error, 6), claimed),
+        ):
+            yield Claim(
+                what,
+                str(reward_metrics_of(name)),
+                str(expected),
+                str(found),
+                f"run `dvc repro --force reward@{name}`",
+            )
+
+
+def of_frontier() -> Iterator[Claim]:
+    """The frontier's table is that of the comparison."""
+    wanted = table_of(json.loads(COMPARISON.read_text())["frontier"]).splitlines()
+    yield from _lines(FRONTIER, wanted, "run `dvc repro --force compare`")
 
 
 def of_row_counts(params: Params) -> Iterator[Claim]:
@@ -256,7 +327,7 @@ def of_metrics(params: Params) -> Iterator[Claim]:
     prompts = prompts_of(params.evaluation.split)
     for name in params.runs:
         claimed = json.loads(metrics_of(name).read_text())
-        for where, number in _headline(name, prompts, params.label.reward):
+        for where, number in _headline(name, prompts, params):
             found: Any = claimed
             for key in where:
                 found = found.get(key) if isinstance(found, dict) else None
@@ -269,7 +340,7 @@ def of_metrics(params: Params) -> Iterator[Claim]:
             )
 
 
-def _headline(name: str, prompts: range, gold: str) -> Iterator[tuple[tuple[str, ...], float]]:
+def _headline(name: str, prompts: range, params: Params) -> Iterator[tuple[tuple[str, ...], float]]:
     judged, written = judgements(name, prompts), samples(name, prompts)
     for opponent, judge in questions([judged]):
         rows = rows_where(judged, opponent=opponent, judge=judge)
@@ -278,10 +349,11 @@ def _headline(name: str, prompts: range, gold: str) -> Iterator[tuple[tuple[str,
             yield ("win_rate", opponent, judge, key), value
         for verdict in ("policy", "opponent", "tie"):
             yield ("win_rate", opponent, judge, verdict), rows["verdict"].count(verdict)
-    rewards = rows_where(judged, judge=gold, opponent="sft")["policy_reward"]
+    rewards = rows_where(judged, judge=params.label.reward, opponent="sft")["policy_reward"]
     yield ("reward",), float(np.mean(rewards))
     logratio = np.array(written["logp"]) - np.array(written["reference_logp"])
-    yield ("kl",), float(logratio.mean())
+    best = best_of(params, name)
+    yield ("kl",), best_of_kl_bound(best.best_of) if best else float(logratio.mean())
     yield ("length",), float(np.mean([len(tokens) for tokens in written["tokens"]]))
 
 
@@ -293,21 +365,25 @@ def of_report(params: Params) -> Iterator[Claim]:
         ("results.md", markdown(params, results, columns)),
         ("results.txt", summary(params, results)),
     ):
-        written = (REPORT / file).read_text().splitlines()
-        wanted = text.splitlines()
-        differing = [
-            number
-            for number in range(max(len(written), len(wanted)))
-            if written[number : number + 1] != wanted[number : number + 1]
-        ]
-        line = next(iter(differing), 0)
-        yield Claim(
-            f"line {line + 1}",
-            str(REPORT / file),
-            " ".join(wanted[line : line + 1]),
-            " ".join(written[line : line + 1]),
-            "run `dvc repro --force report`",
-        )
+        yield from _lines(REPORT / file, text.splitlines(), "run `dvc repro --force report`")
+
+
+def _lines(path: Path, wanted: Sequence[str], remedy: str) -> Iterator[Claim]:
+    """A file has these lines; the first that differs is named."""
+    written = path.read_text().splitlines()
+    differing = [
+        number
+        for number in range(max(len(written), len(wanted)))
+        if written[number : number + 1] != list(wanted[number : number + 1])
+    ]
+    line = next(iter(differing), 0)
+    yield Claim(
+        f"line {line + 1}",
+        str(path),
+        " ".join(wanted[line : line + 1]),
+        " ".join(written[line : line + 1]),
+        remedy,
+    )
 
 
 def of_publication() -> Iterator[Claim]:

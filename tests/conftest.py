@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,6 +102,16 @@ def write_params(workplace: Path) -> Callable[..., dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished pipeline, made once for all tests; who changes it puts it back."""
+    from finished import finished_pipeline
+
+    folder = tmp_path_factory.mktemp("finished")
+    yield finished_pipeline(folder / "project")
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

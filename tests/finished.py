@@ -17,6 +17,7 @@ from conftest import PROJECT
 SMALL: dict[str, Any] = {
     "data": {"num_train": 96, "num_validation": 12, "num_test": 16, "max_completion_tokens": 12},
     "sample": {"num_prompts": 24, "num_completions": 3, "num_validation_prompts": 4},
+    "label": {"num_ranked": 3},
     "watch": {"every": None},
     "evaluation": {"num_resamples": 100},
     "exam": {"num_items": 8},
@@ -24,6 +25,9 @@ SMALL: dict[str, Any] = {
 RUNS = {
     "dpo": {"loss": "dpo", "beta": 0.1, "lora": {"rank": 2, "alpha": 4, "targets": "all-linear"}},
     "squared": {"loss": "f_dpo", "beta": 0.1, "divergence": "squared_log"},
+    "ranked": {"loss": "exo_rw", "beta": 0.1, "temperature": 0.1},
+    "best": {"best_of": 2},
+    "online": {"loss": "rloo", "beta": 0.1, "reward": "vader"},
 }
 # One interpreter for all stages: what they import of others is imported once.
 RUN_EACH = """
@@ -39,6 +43,11 @@ for line in sys.stdin:
         sys.stdout.flush()
         os._exit(0)
     assert os.wait()[1] == 0, line
+"""
+PRINT_ORDER = """
+from pathlib import Path
+from flows.graph import read_plan
+print(*read_plan(Path()).order)
 """
 
 
@@ -66,7 +75,7 @@ def finished_pipeline(directory: Path) -> Path:
 
 def commands(directory: Path) -> list[str]:
     """Names and commands of the stages of dvc.yaml, in their order."""
-    said = run(directory, "-c", "from flows.graph import read_plan; print(*read_plan().order)")
+    said = run(directory, "-c", PRINT_ORDER)
     stages = yaml.safe_load((directory / "dvc.yaml").read_text())["stages"]
     found: list[str] = []
     for name in said.split():

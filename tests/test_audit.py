@@ -17,7 +17,7 @@ import finished
 import pyarrow.parquet as pq
 import pytest
 from conftest import PROJECT
-from finished import commit, finished_pipeline, git
+from finished import commit, git
 
 from flows import audit as auditing
 from flows.audit import Audit, audit
@@ -27,13 +27,6 @@ from stages.params import load_params
 
 DPO = "artefacts/models/dpo"
 SQUARED = "artefacts/models/squared"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("audited")
-    yield finished_pipeline(folder / "project")
-    shutil.rmtree(folder)
 
 
 class InThisProcess:
@@ -65,14 +58,14 @@ def answered(module: str) -> tuple[Any, str]:
 
 
 @pytest.fixture
-def project(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The finished pipeline as the working directory, audited by this process."""
-    monkeypatch.chdir(made)
+    monkeypatch.chdir(finished_project)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sys, "argv", ["records"])
     monkeypatch.setattr(auditing, "Speakers", InThisProcess)
     monkeypatch.setattr(auditing, "snapshot", remembered)
-    return made
+    return finished_project
 
 
 SNAPSHOTS: dict[str, Snapshot] = {}
@@ -310,6 +303,10 @@ JUDGEMENTS = "artefacts/judgements/dpo.parquet"
 SAMPLES = "artefacts/samples/dpo.parquet"
 REPORT = "artefacts/report"
 PROMPTS = "artefacts/prompts.parquet"
+RANKINGS = "artefacts/rankings.parquet"
+FRONTIER = "artefacts/frontier.csv"
+REWARD = "artefacts/metrics/rewards/learned.json"
+BEST = "artefacts/metrics/best.json"
 BETA = ("beta: 0.1", "beta: 0.5")
 AUDITED = ("NUM_AUDITED = 8", "NUM_AUDITED = 9")
 other_digest = "0" * 32
@@ -451,6 +448,25 @@ TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
         "failed",
         "bytes",
         "artefacts/templates.json",
+    ),
+    "ranking": (
+        cell(RANKINGS, "rewards", 0, lambda it: [it[0] + 1, *it[1:]]),
+        "failed",
+        "bytes",
+        RANKINGS,
+    ),
+    "frontier": (replace(FRONTIER, "0.", "1."), "failed", "bytes", FRONTIER),
+    "reward model": (
+        flip("artefacts/rewards/learned/model.safetensors"),
+        "failed",
+        "bytes",
+        "artefacts/rewards/learned/model.safetensors",
+    ),
+    "reward model's metric": (
+        replace(REWARD, '"value": 0.', '"value": 1.'),
+        "failed",
+        "bytes",
+        REWARD,
     ),
     "lost artefact": (remove(SAMPLES), "unknown", "bytes", SAMPLES),
     "model of nobody": (
@@ -604,6 +620,30 @@ TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
         METRICS,
     ),
     "forged overlap": (forged(PROMPTS, leak_prompt), "failed", "overlap", PROMPTS),
+    "forged ranking": (
+        forged(RANKINGS, cell(RANKINGS, "completions", 0, lambda it: [*it[:-1], it[-1] + 1])),
+        "failed",
+        "rankings",
+        RANKINGS,
+    ),
+    "forged frontier": (
+        forged(FRONTIER, replace(FRONTIER, "0.", "1.")),
+        "failed",
+        "line",
+        FRONTIER,
+    ),
+    "forged reward model": (
+        forged(REWARD, replace(REWARD, '"calibration_error": 0', '"calibration_error": 1')),
+        "failed",
+        "calibration_error",
+        REWARD,
+    ),
+    "forged best of N": (
+        forged(BEST, replace(BEST, '"kl": 0.', '"kl": 1.')),
+        "failed",
+        "kl",
+        BEST,
+    ),
     "forged seed": (
         forged(SAMPLES, cell(SAMPLES, "seed", 0, lambda seed: seed + 1)),
         "failed",
@@ -710,12 +750,12 @@ def test_a_clone_that_pulled_audits_to_the_same_digest(
 @pytest.mark.parametrize(
     ("target", "last", "num_stages"),
     [
-        ("evaluate@dpo", "evaluate@dpo", 11),
-        (METRICS, "evaluate@dpo", 11),
+        ("evaluate@dpo", "evaluate@dpo", 12),
+        (METRICS, "evaluate@dpo", 12),
         (f"{DPO}/adapter_model.safetensors", "train@dpo", 7),
-        ("dpo", "evaluate@dpo", 11),
+        ("dpo", "evaluate@dpo", 12),
         ("label", "label", 5),
-        ("HEAD", "report", 19),
+        ("HEAD", "report", 32),
     ],
 )
 def test_a_target_is_walked_back_to_the_raw_data(
@@ -785,7 +825,7 @@ def test_the_impact_of_a_text_is_what_its_split_can_reach(project: Path) -> None
     of_split = {split: text + gold for split, text, gold in reversed(rows)}
     trained, tested = (impact_in_process(of_split[split]) for split in ("train", "test"))
     assert trained["stages"][0] == "sft"
-    assert tested["stages"] == ["opponent", "complete@dpo", "complete@squared"]
+    assert tested["stages"] == ["opponent", *(f"complete@{run}" for run in finished.RUNS)]
     assert impact_in_process(trained["identity"]) == trained
 
 
