@@ -24,7 +24,7 @@ from flows.replay import NotReplayed, Replayer, chosen, replaying
 from flows.statements import FOLDER, Files, Written, at, read_statements, statement
 
 if TYPE_CHECKING:
-    from securesystemslib.signer import Key
+    from flows.signing import Key  # pyright: ignore[reportPrivateImportUsage]
 
 ENVIRONMENT = "requirements.lock"
 MOST = 80  # characters of a statement's fact that a person reads

@@ -72,28 +72,24 @@ def _front_matter(
     lineage: Lineage, run: str, row: dict[str, Any], base: str, split: str
 ) -> dict[str, str]:
     """Key -> value in JSON, which YAML reads; a base that lies in a folder has no name there."""
-    task = {"type": "text-generation", "name": "text generation"}
-    (prepared,) = (name for name in lineage.stages if name == "prepare")
-    source = str(_by_section(lineage, prepared)["data"]["source"])
-    results = [
-        {
-            "task": task,
-            "dataset": {"type": Path(source).stem, "name": source, "split": split},
-            "metrics": [
-                {
-                    "type": "win_rate",
-                    "name": f"win rate over {rate.opponent} by {rate.judge}",
-                    "value": rate.value,
-                }
-            ],
-        }
-        for rate in rates(lineage, run)
-    ]
+    source = str(_by_section(lineage, "prepare")["data"]["source"])
+    result = {
+        "task": {"type": "text-generation", "name": "text generation"},
+        "dataset": {"type": Path(source).stem, "name": source, "split": split},
+        "metrics": [
+            {
+                "type": "win_rate",
+                "name": f"win rate over {rate.opponent} by {rate.judge}",
+                "value": rate.value,
+            }
+            for rate in rates(lineage, run)
+        ],
+    }
     matter: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["prefopt", row.get("loss", "best-of-n")],
-        "model-index": [{"name": run, "results": results}],
+        "model-index": [{"name": run, "results": [result]}],
     }
     if not Path(base).is_dir():
         matter["base_model"] = base

@@ -275,15 +275,26 @@ def audit(
         list[str] | None, typer.Option(help="run again: all, a number of stages, or a stage")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    picture: Annotated[
+        list[Path] | None, typer.Option(help="draw it: a page FILE.html, or FILE.svg")
+    ] = None,
 ) -> None:
     """Say where models and numbers came from, and verify it: 0 holds, 1 fails, 2 cannot tell."""
     from flows import audit
+
+    if wrong := [path for path in picture or () if path.suffix not in (".html", ".svg")]:
+        sys.exit(f"--picture: a page or an SVG is drawn, got '{wrong[0]}'; end it in .html or .svg")
 
     def say(name: str) -> None:
         typer.echo(f"replaying {name}", err=True)
 
     found = _or_exit(lambda: audit.audit(target, deep=deep, replays=replay or (), say=say), code=2)
     typer.echo(audit.as_json(found) if as_json else audit.as_text(found))
+    for path in picture or ():
+        from flows.picture import as_page, as_svg
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_page(found) if path.suffix == ".html" else as_svg(found))
     sys.exit(found.exit_code)
 
 

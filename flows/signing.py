@@ -4,6 +4,9 @@ PREFOPT_SIGNING_KEY is a private key and PREFOPT_PUBLIC_KEY that by which it is 
 text, or the path of a file that holds one. Neither is ever shown or written.
 """
 
+# securesystemslib.signer exports these names without saying so in a way that pyright knows.
+# pyright: reportPrivateImportUsage=false
+
 import json
 import os
 from pathlib import Path

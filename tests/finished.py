@@ -24,9 +24,8 @@ SMALL: dict[str, Any] = {
 }
 RUNS = {
     "dpo": {"loss": "dpo", "beta": 0.1, "lora": {"rank": 2, "alpha": 4, "targets": "all-linear"}},
-    "squared": {"loss": "f_dpo", "beta": 0.1, "divergence": "squared_log"},
     "ranked": {"loss": "exo_rw", "beta": 0.1, "temperature": 0.1},
-    "best": {"best_of": 2},
+    "best_of_2": {"best_of": 2},
     "online": {"loss": "rloo", "beta": 0.1, "reward": "vader"},
 }
 # One interpreter for all stages: what they import of others is imported once.

@@ -26,7 +26,7 @@ from stages import claims, records, traces
 from stages.params import load_params
 
 DPO = "artefacts/models/dpo"
-SQUARED = "artefacts/models/squared"
+RANKED = "artefacts/models/ranked"
 
 
 class InThisProcess:
@@ -306,7 +306,7 @@ PROMPTS = "artefacts/prompts.parquet"
 RANKINGS = "artefacts/rankings.parquet"
 FRONTIER = "artefacts/frontier.csv"
 REWARD = "artefacts/metrics/rewards/learned.json"
-BEST = "artefacts/metrics/best.json"
+BEST = "artefacts/metrics/best_of_2.json"
 BETA = ("beta: 0.1", "beta: 0.5")
 AUDITED = ("NUM_AUDITED = 8", "NUM_AUDITED = 9")
 other_digest = "0" * 32
@@ -323,10 +323,10 @@ def shouted(text: str) -> str:
 # What is changed -> the change, and of the finding that names it: severity, check, artefact.
 TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
     "weights": (
-        flip(f"{SQUARED}/model.safetensors"),
+        flip(f"{RANKED}/model.safetensors"),
         "failed",
         "bytes",
-        f"{SQUARED}/model.safetensors",
+        f"{RANKED}/model.safetensors",
     ),
     "adapters": (
         flip(f"{DPO}/adapter_model.safetensors"),
@@ -341,22 +341,22 @@ TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
         f"{SFT}/model.safetensors",
     ),
     "swapped reference": (
-        copy(f"{SQUARED}/model.safetensors", f"{SFT}/model.safetensors"),
+        copy(f"{RANKED}/model.safetensors", f"{SFT}/model.safetensors"),
         "failed",
         "adapted weights",
         f"{DPO}/adapted.json",
     ),
     "config": (
-        replace(f"{SQUARED}/config.json", "llama", "Llama"),
+        replace(f"{RANKED}/config.json", "llama", "Llama"),
         "failed",
         "bytes",
-        f"{SQUARED}/config.json",
+        f"{RANKED}/config.json",
     ),
     "tokenizer": (
-        flip(f"{SQUARED}/tokenizer.json", 50),
+        flip(f"{RANKED}/tokenizer.json", 50),
         "failed",
         "bytes",
-        f"{SQUARED}/tokenizer.json",
+        f"{RANKED}/tokenizer.json",
     ),
     "adapted": (
         replace(f"{DPO}/adapted.json", '"weights": "', '"weights": "0'),
@@ -365,22 +365,22 @@ TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
         f"{DPO}/adapted.json",
     ),
     "a file more in a model": (
-        add(f"{SQUARED}/model.bin"),
+        add(f"{RANKED}/model.bin"),
         "failed",
         "bytes",
-        f"{SQUARED}/model.bin",
+        f"{RANKED}/model.bin",
     ),
     "a file less in a model": (
-        remove(f"{SQUARED}/config.json"),
+        remove(f"{RANKED}/config.json"),
         "failed",
         "bytes",
-        f"{SQUARED}/config.json",
+        f"{RANKED}/config.json",
     ),
     "swapped generations": (
-        copy("artefacts/curves/dpo.csv", "artefacts/curves/squared.csv"),
+        copy("artefacts/curves/dpo.csv", "artefacts/curves/ranked.csv"),
         "failed",
         "bytes",
-        "artefacts/curves/squared.csv",
+        "artefacts/curves/ranked.csv",
     ),
     "verdict": (cell(JUDGEMENTS, "verdict", 0, overturned), "failed", "bytes", JUDGEMENTS),
     "judge's words": (
@@ -533,7 +533,7 @@ TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
         "sft",
     ),
     "lock: command": (
-        lock("train@dpo", lambda it: it.update(cmd="python -m stages.train squared")),
+        lock("train@dpo", lambda it: it.update(cmd="python -m stages.train ranked")),
         "failed",
         "command",
         "train@dpo",
@@ -605,8 +605,8 @@ TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
     "rewritten commit": (amend, "failed", "parameter params.yaml:runs.dpo", "train@dpo"),
     "cached object": (cached(METRICS, flip), "failed", "cache", METRICS),
     "lost cached object": (cached(METRICS, remove), "unknown", "cache", METRICS),
-    "cached list": (cached(SQUARED, lambda path: flip(path, 15)), "failed", "cache", SQUARED),
-    "lost cached list": (cached(SQUARED, remove), "unknown", "cache", SQUARED),
+    "cached list": (cached(RANKED, lambda path: flip(path, 15)), "failed", "cache", RANKED),
+    "lost cached list": (cached(RANKED, remove), "unknown", "cache", RANKED),
     "forged metric": (
         forged(METRICS, replace(METRICS, '"policy": ', '"policy": 1')),
         "failed",
@@ -681,7 +681,7 @@ TAMPERS: dict[str, tuple[Tamper, str, str, str]] = {
         "train@dpo",
     ),
     "MLflow: stage": (
-        tag("dvc.stage", "train@squared"),
+        tag("dvc.stage", "train@ranked"),
         "failed",
         "MLflow tag dvc.stage",
         "train@dpo",
@@ -755,7 +755,7 @@ def test_a_clone_that_pulled_audits_to_the_same_digest(
         (f"{DPO}/adapter_model.safetensors", "train@dpo", 7),
         ("dpo", "evaluate@dpo", 12),
         ("label", "label", 5),
-        ("HEAD", "report", 32),
+        ("HEAD", "report", 28),
     ],
 )
 def test_a_target_is_walked_back_to_the_raw_data(
@@ -775,7 +775,7 @@ def test_what_is_no_target_is_refused(project: Path) -> None:
 
 def test_an_unchanged_file_is_read_again_only_if_asked(undo: Undo) -> None:
     audit()
-    file = undo.keep(Path(SQUARED) / "model.safetensors")
+    file = undo.keep(Path(RANKED) / "model.safetensors")
     before = file.stat()
     with open(file, "r+b") as stream:  # The same inode, size and time.
         stream.seek(-9, os.SEEK_END)
