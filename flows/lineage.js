@@ -40,7 +40,11 @@
     view = [view[0] + held.x - now.x, view[1] + held.y - now.y, view[2], view[3]];
     show();
   });
-  window.addEventListener("pointerup", () => { held = null; frame.classList.remove("held"); });
+  window.addEventListener("pointerup", () => {
+    held = null;
+    frame.classList.remove("held");
+    setTimeout(() => { moved = false; });  // After the click that ends a drag.
+  });
   svg.addEventListener("dragstart", (event) => event.preventDefault());
 
   const buttons = document.createElement("div");
