@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows import git, signing
 from flows.findings import EXIT_CODES, SHORT, Checks, Finding
@@ -21,13 +21,9 @@ from flows.lineage import Lineage, Snapshot, read_lineage, snapshot
 from flows.objects import Objects, folder_digest
 from flows.programs import complaint, start
 from flows.replay import NotReplayed, Replayer, chosen, replaying
-from flows.statements import FOLDER, Files, Written, at, read_statements, statement
-
-if TYPE_CHECKING:
-    from flows.signing import Key  # pyright: ignore[reportPrivateImportUsage]
+from flows.statements import FOLDER, Files, check_signature, check_statement, read_statements
 
 ENVIRONMENT = "requirements.lock"
-MOST = 80  # characters of a statement's fact that a person reads
 MLFLOW_NAME = re.compile(r"[0-9a-f]{32}|models:/.+")
 
 
@@ -821,87 +817,12 @@ def _check_statements(
     blobs = git.blobs_at(commit)
     for each in written:
         if key or each.envelope:
-            _check_signature(checks, each, key)
-        if _check_statement(checks, lineage, each, files):
+            check_signature(checks, each, key)
+        if check_statement(checks, lineage, each, files):
             where = each.path.as_posix()
             check = "commit of the statement"
             _check_commit(checks, lineage, each.stage, where, check, each.commit, blobs)
     files.remember()
-
-
-REWRITE = "ask who changed it; write it anew by `prefopt provenance`"
-
-
-def _check_signature(checks: Checks, written: Written, key: "Key | None") -> None:
-    where = written.path.as_posix()
-    if not checks.expect(
-        key is not None,
-        Finding(
-            "unknown",
-            "signature",
-            where,
-            expected="a public key to verify it by",
-            found="none",
-            remedy=f"set {signing.PUBLIC_KEY}",
-        ),
-    ):
-        return
-    assert key is not None
-    names = signing.signers(written.envelope) if written.envelope else []
-    checks.expect(
-        written.envelope is not None and signing.is_signed_by(written.envelope, key),
-        Finding(
-            "failed",
-            "signature",
-            where,
-            expected=f"one by the key {key.keyid[:SHORT]}",
-            found="one that does not verify"
-            if key.keyid in names
-            else f"those by {_listed(name[:SHORT] for name in names)}",
-            remedy=REWRITE,
-        ),
-    )
-
-
-def _check_statement(checks: Checks, lineage: Lineage, written: Written, files: Files) -> bool:
-    """A statement is the one that would be written now, its commit apart."""
-    where = written.path.as_posix()
-    known = written.stage in lineage.stages
-    try:
-        wanted = statement(lineage, written.stage, written.commit, files) if known else None
-    except ValueError as error:
-        return checks.expect(
-            False,
-            Finding(
-                "unknown",
-                "statement",
-                where,
-                expected="artefacts to hold it against",
-                found=str(error),
-                remedy="mend that first",
-            ),
-        )
-    differing = list(_differing(wanted, written.tree))
-    place, expected, found = next(iter(differing), ("", "", ""))
-    return checks.expect(
-        not differing,
-        Finding("failed", f"statement: {place}", where, expected, found, REWRITE),
-    )
-
-
-def _differing(wanted: Any, found: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
-    """Places of two trees, what one has there and what the other has."""
-    match wanted, found:
-        case dict(), dict():
-            keys = dict.fromkeys([*wanted, *found])
-        case list(), list():
-            keys = range(max(len(wanted), len(found)))
-        case _:
-            if wanted != found:
-                yield place or "all", json.dumps(wanted)[:MOST], json.dumps(found)[:MOST]
-            return
-    for key in keys:
-        yield from _differing(at(wanted, key), at(found, key), f"{place}/{key}".lstrip("/"))
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -36,6 +36,8 @@ def audit_workspace(folder: str = str(PROJECT), target: str = "", deep: bool = F
         AuditError: if something fails, cannot be told, or there is nothing to audit.
     """
     logger = get_run_logger()
+    if not (Path(folder) / ".dvc").is_dir():
+        raise AuditError(f"{folder}: no pipeline there, got a folder without .dvc; name its folder")
     command = [sys.executable, "-P", "-m", "flows.cli", "audit", target, "--json"]
     with hold_workspace(Path(folder), logger.info):
         done = subprocess.run(

@@ -7,14 +7,18 @@ by which others verify, and MD5, by which DVC knows the file.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import git, signing
+from flows.findings import SHORT, Checks, Finding
 from flows.lineage import Lineage
 from flows.objects import Objects
+
+if TYPE_CHECKING:
+    from flows.signing import Key  # pyright: ignore[reportPrivateImportUsage]
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -24,6 +28,8 @@ FOLDER = Path("provenance")
 SUFFIX = ".intoto.json"
 KNOWN = Path(".prefopt/sha256.json")
 CHUNK = 1 << 20
+MOST = 80  # characters of a fact that a person reads
+REWRITE = "ask who changed it; write it anew by `prefopt provenance`"
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,8 @@ class Written:
     @property
     def commit(self) -> str:
         """What it says that the code is of."""
-        dependencies = at(self.tree, "predicate", "buildDefinition", "resolvedDependencies")
-        found = at(dependencies, 0, "digest", "gitCommit")
+        dependencies = _at(self.tree, "predicate", "buildDefinition", "resolvedDependencies")
+        found = _at(dependencies, 0, "digest", "gitCommit")
         return found if isinstance(found, str) else "none"
 
 
@@ -197,7 +203,80 @@ def _read(path: Path) -> Written:
         return Written(path, stage, None, None)
 
 
-def at(tree: Any, *keys: str | int) -> Any:
+def check_signature(checks: Checks, written: Written, key: "Key | None") -> None:
+    """A statement is signed by this key."""
+    where = written.path.as_posix()
+    if not checks.expect(
+        key is not None,
+        Finding(
+            "unknown",
+            "signature",
+            where,
+            expected="a public key to verify it by",
+            found="none",
+            remedy=f"set {signing.PUBLIC_KEY}",
+        ),
+    ):
+        return
+    assert key is not None
+    names = signing.signers(written.envelope) if written.envelope else []
+    checks.expect(
+        written.envelope is not None and signing.is_signed_by(written.envelope, key),
+        Finding(
+            "failed",
+            "signature",
+            where,
+            expected=f"one by the key {key.keyid[:SHORT]}",
+            found="one that does not verify"
+            if key.keyid in names
+            else f"those by {', '.join(name[:SHORT] for name in names) or 'none'}",
+            remedy=REWRITE,
+        ),
+    )
+
+
+def check_statement(checks: Checks, lineage: Lineage, written: Written, files: Files) -> bool:
+    """A statement is the one that would be written now, its commit apart."""
+    where = written.path.as_posix()
+    known = written.stage in lineage.stages
+    try:
+        wanted = statement(lineage, written.stage, written.commit, files) if known else None
+    except ValueError as error:
+        return checks.expect(
+            False,
+            Finding(
+                "unknown",
+                "statement",
+                where,
+                expected="artefacts to hold it against",
+                found=str(error),
+                remedy="mend that first",
+            ),
+        )
+    differing = list(_differing(wanted, written.tree))
+    place, expected, found = next(iter(differing), ("", "", ""))
+    return checks.expect(
+        not differing,
+        Finding("failed", f"statement: {place}", where, expected, found, REWRITE),
+    )
+
+
+def _differing(wanted: Any, found: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
+    """Places of two trees, what one has there and what the other has."""
+    match wanted, found:
+        case dict(), dict():
+            keys = dict.fromkeys([*wanted, *found])
+        case list(), list():
+            keys = range(max(len(wanted), len(found)))
+        case _:
+            if wanted != found:
+                yield place or "all", json.dumps(wanted)[:MOST], json.dumps(found)[:MOST]
+            return
+    for key in keys:
+        yield from _differing(_at(wanted, key), _at(found, key), f"{place}/{key}".lstrip("/"))
+
+
+def _at(tree: Any, *keys: str | int) -> Any:
     """What lies at a place of a tree; None if there is no such place."""
     for key in keys:
         try:

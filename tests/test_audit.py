@@ -22,6 +22,7 @@ from finished import commit, git
 from flows import audit as auditing
 from flows.audit import Audit, audit
 from flows.lineage import Snapshot, snapshot
+from flows.provenance import provenance
 from stages import claims, records, traces
 from stages.params import load_params
 
@@ -745,6 +746,13 @@ def test_a_clone_that_pulled_audits_to_the_same_digest(
     found = audit()
     assert found.exit_code == 0
     assert found.digest == digest
+    written = [tmp_path / "of the clone", tmp_path / "of the original"]
+    provenance("label", written[0], sign=False)
+    monkeypatch.chdir(project)
+    provenance("label", written[1], sign=False)
+    theirs, ours = ({path.name: path.read_text() for path in each.iterdir()} for each in written)
+    assert theirs == ours
+    assert "label.intoto.json" in ours
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,11 @@ from jsonschema import Draft4Validator
 from prov.model import ProvDocument
 from test_audit import METRICS, RANKED, Undo, flip, git, other_digest, replace
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from flows import signing
 from flows.audit import Audit, audit
+from flows.cli import app
 from flows.provenance import BILL, CARD, PROV, export, provenance
 from flows.statements import FOLDER, KNOWN, SUFFIX
 
@@ -353,6 +355,7 @@ def test_an_exported_model_has_its_card_and_its_records(project: Path, tmp_path:
     [
         ("dpo", "Adapters for the SFT policy trained with the objective `dpo`"),
         ("best_of_2", "of 2 completions that it draws, the one with the highest\n`vader` reward"),
+        ("best_of_2", "KL to the reference at most 0.19 nats"),
         ("online", "trained with the objective `rloo`"),
     ],
 )
@@ -366,3 +369,28 @@ def test_a_card_says_what_kind_of_run_it_is(
 def test_what_was_not_evaluated_is_not_exported(project: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sft: no run that was evaluated"):
         export("sft", tmp_path / "sft", sign=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["provenance", "label", "--out", "{out}"], 0, "5 statements of commit"),
+        (["provenance", "label", "--out", "{out}", "--sign"], 1, "PREFOPT_SIGNING_KEY: it is not"),
+        (["export", "dpo", "{out}/dpo"], 0, "dpo of commit"),
+        (["audit", "label", "--picture", "{out}/a.png"], 1, "--picture: a page or an SVG is drawn"),
+        (
+            ["audit", "label", "--picture", "{out}/a.svg", "--picture", "{out}/a.html"],
+            0,
+            "5 stages",
+        ),
+    ],
+)
+def test_the_commands_say_what_they_did(
+    arguments: list[str], code: int, says: str, project: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, [each.format(out=out) for each in arguments])
+    assert done.exit_code == code, done.output
+    assert says in done.output
+    if "--picture" in arguments and code == 0:
+        assert {path.name for path in out.iterdir()} == {"a.svg", "a.html"}
