@@ -9,13 +9,18 @@ import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from flows import signing
 from flows.audit import ENVIRONMENT, Audit, audit, resolve
 from flows.cards import card, examiners
 from flows.exports import bill_of_materials, prov
 from flows.git import text_at
 from flows.objects import Objects
 from flows.statements import FOLDER, Files, write_statements
+
+if TYPE_CHECKING:
+    from flows.signing import Signer  # pyright: ignore[reportPrivateImportUsage]
 
 PROV = "prov.json"
 BILL = "bom.cdx.json"
@@ -33,9 +38,10 @@ def provenance(target: str, folder: Path, *, sign: bool) -> Audit:
     Raises:
         ValueError: if there is no such target, or it does not audit clean, or there is no key.
     """
+    by = signing.signer() if sign else None
     found = _vouched(target)
     with _files() as files:
-        _write(found, files, folder, sign=sign)
+        _write(found, files, folder, by)
     return found
 
 
@@ -54,6 +60,7 @@ def export(run: str, folder: Path, *, sign: bool) -> Audit:
         raise ValueError(f"{folder}: it is there already, got a folder to write; name a new one")
     if evaluated not in resolve("").lineage.stages:
         raise ValueError(f"{run}: no run that was evaluated, got nothing to export; `dvc repro`")
+    by = signing.signer() if sign else None
     found = _vouched(evaluated, examiners(resolve("").lineage, run))
     lineage = found.lineage
     (model,) = (path for path in lineage.stages[trained].outputs if "/models/" in path)
@@ -63,7 +70,7 @@ def export(run: str, folder: Path, *, sign: bool) -> Audit:
         # Contents only: DVC's files may be read-only links into its cache.
         shutil.copytree(model, partial, copy_function=shutil.copyfile)
         with _files() as files:
-            _write(found, files, partial / FOLDER, sign=sign)
+            _write(found, files, partial / FOLDER, by)
             weights = files.of(model, lineage.stages[trained].outputs[model])
         (partial / CARD).write_text(card(lineage, run, found.commit, weights))
         partial.replace(folder)
@@ -92,9 +99,9 @@ def _files() -> Generator[Files, None, None]:
         files.remember()
 
 
-def _write(found: Audit, files: Files, folder: Path, *, sign: bool) -> None:
+def _write(found: Audit, files: Files, folder: Path, by: "Signer | None") -> None:
     lineage, stages, commit = found.lineage, found.stages, found.commit
-    write_statements(lineage, stages, commit, files, folder, sign=sign)
+    write_statements(lineage, stages, commit, files, folder, by)
     packages = text_at(commit, ENVIRONMENT) or ""
     bill = bill_of_materials(lineage, stages, commit, packages, files)
     for name, tree in ((PROV, prov(lineage, stages, commit)), (BILL, bill)):

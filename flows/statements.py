@@ -18,7 +18,7 @@ from flows.lineage import Lineage
 from flows.objects import Objects
 
 if TYPE_CHECKING:
-    from flows.signing import Key  # pyright: ignore[reportPrivateImportUsage]
+    from flows.signing import Key, Signer  # pyright: ignore[reportPrivateImportUsage]
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -145,22 +145,19 @@ def as_text(tree: Mapping[str, Any]) -> str:
 
 
 def write_statements(
-    lineage: Lineage, names: Iterable[str], commit: str, files: Files, folder: Path, *, sign: bool
-) -> list[Path]:
-    """Write the stages' statements, in signed envelopes if `sign`.
-
-    Raises:
-        ValueError: if they are to be signed and there is no key.
-    """
-    by = signing.signer() if sign else None
+    lineage: Lineage,
+    names: Iterable[str],
+    commit: str,
+    files: Files,
+    folder: Path,
+    by: "Signer | None",
+) -> None:
+    """Write the stages' statements, in signed envelopes if there is somebody to sign them."""
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
     for name in names:
         tree = statement(lineage, name, commit, files)
-        path = folder / f"{name}{SUFFIX}"
-        path.write_text(as_text(signing.signed(as_text(tree), by) if by else tree))
-        written.append(path)
-    return written
+        text = as_text(signing.signed(as_text(tree), by) if by else tree)
+        (folder / f"{name}{SUFFIX}").write_text(text)
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,9 @@ def check_statement(checks: Checks, lineage: Lineage, written: Written, files: F
     where = written.path.as_posix()
     known = written.stage in lineage.stages
     try:
-        wanted = statement(lineage, written.stage, written.commit, files) if known else None
+        wanted = (
+            statement(lineage, written.stage, written.commit, files) if known else "no such stage"
+        )
     except ValueError as error:
         return checks.expect(
             False,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import prov
 import pytest
 import test_audit
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_public_key,
 )
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
@@ -193,7 +195,14 @@ def test_signed_statements_verify_and_hold_no_private_key(keys: tuple[Path, Path
     assert grave(audit("label")) == []
     envelope = read(LABEL)
     assert envelope["payloadType"] == "application/vnd.in-toto+json"
-    ParseDict(json.loads(signing.opened(envelope)), StatementMessage())
+    payload = b64decode(envelope["payload"])
+    ParseDict(json.loads(payload), StatementMessage())
+    # As DSSE's specification has it, without the library that signed.
+    kind = envelope["payloadType"].encode()
+    said = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+    public = load_pem_public_key(keys[1].read_bytes())
+    assert isinstance(public, Ed25519PublicKey)
+    public.verify(b64decode(envelope["signatures"][0]["sig"]), said)
     secret = keys[0].read_text().splitlines()[1]
     assert not any(secret in path.read_text() for path in FOLDER.iterdir())
     again = LABEL.read_bytes()
@@ -208,8 +217,6 @@ def by_another_key(folder: Path) -> None:
 
 def with_another_payload(_folder: Path) -> None:
     other = signing.opened(read(LABEL)).replace(".parquet", ".parquets", 1)
-    from base64 import b64encode
-
     LABEL.write_text(json.dumps(read(LABEL) | {"payload": b64encode(other.encode()).decode()}))
 
 
