@@ -47,7 +47,7 @@ MEASURES = {
     "samples/distinct_2": "distinct 2-grams",
     "samples/distinct_3": "distinct 3-grams",
     "samples/self_bleu": "Self-BLEU",
-    "samples/ess": "effective sample size",
+    "samples/ess_share": "effective share of samples",
 }
 TOLD = "told: "  # begins the ids that `save` makes titles of
 STYLE_OF_FIGURES: "dict[RcKeyType, Any]" = {

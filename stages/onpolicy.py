@@ -58,7 +58,13 @@ def course(pair: Models, params: Params, run: Run, name: str, directory: Path) -
     """
     assert run.draws is not None
     prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
-    target = fitted_target(run.draws.target, params, prompts, f"runs.{name}.target")
+    target = fitted_target(
+        run.draws.target,
+        params,
+        prompts,
+        f"runs.{name}.target",
+        is_trained_on=run.loss.evidence == "Samples",
+    )
     rows = sorted(target.log_z)
     optimiser = run.optimiser
     steps = Steps(len(rows), optimiser.batch_size, optimiser.num_epochs, run.seed)
@@ -275,5 +281,5 @@ def _metrics(drawn: Drawn, logp: Tensor, target: Target, run: Run) -> Metrics:
     metrics |= {f"samples/distinct_{n}": distinct_within(texts, n) for n in (1, 2, 3)}
     metrics["samples/self_bleu"] = self_bleu(texts)
     distances = estimates.to_target(seen)
-    metrics["samples/ess"] = distances.pop("ess", 0.0)
+    metrics["samples/ess_share"] = distances.pop("ess_share", 0.0)
     return metrics | {f"target/{name}": x for name, x in distances.items()}

@@ -141,7 +141,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_was_killed(
     assert len(curve) == 4
     assert digest(model_of("x") / "model.safetensors") != digest(SFT / "model.safetensors")
     metrics = ["samples/kl", "samples/entropy", "samples/self_bleu", "samples/distinct_2"]
-    metrics += ["samples/ess", "target/kl_p_pi", "target/kl_pi_p", "target/tv", "target/js"]
+    metrics += ["samples/ess_share", "target/kl_p_pi", "target/kl_pi_p", "target/tv", "target/js"]
     metrics += ["moments/short", "moments/letter"] if name == "gdc" else ["samples/reward"]
     for metric in metrics:
         assert all(math.isfinite(float(row[metric])) for row in curve), metric
