@@ -710,12 +710,12 @@ def test_a_clone_that_pulled_audits_to_the_same_digest(
 @pytest.mark.parametrize(
     ("target", "last", "num_stages"),
     [
-        ("evaluate@dpo", "evaluate@dpo", 11),
-        (METRICS, "evaluate@dpo", 11),
-        (f"{DPO}/adapter_model.safetensors", "train@dpo", 7),
-        ("dpo", "evaluate@dpo", 11),
+        ("evaluate@dpo", "evaluate@dpo", 12),
+        (METRICS, "evaluate@dpo", 12),
+        (f"{DPO}/adapter_model.safetensors", "train@dpo", 8),
+        ("dpo", "evaluate@dpo", 12),
         ("label", "label", 5),
-        ("HEAD", "report", 19),
+        ("HEAD", "report", 20),
     ],
 )
 def test_a_target_is_walked_back_to_the_raw_data(

@@ -73,7 +73,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # How often a policy praises, and how far its log-ratios moved.
 QUALITY = {"sft": 0.5, "dpo": 0.95, "ipo": 0.6, "ipo_weak": 0.5, "squared": 0.55}
+QUALITY |= {"best_of_2": 0.7, "best_of_4": 0.9}
 MOVED = {"dpo": -4.0, "ipo": 0.5, "ipo_weak": 0.1, "squared": 0.2}
+MOVED |= {"best_of_2": 0.0, "best_of_4": 0.0}
 
 
 def build(runs: dict[str, dict[str, Any]], *, rounds: int, rich: bool) -> None:
@@ -146,7 +148,7 @@ def write_samples(name: str, rounds: int, num_shifted: int) -> None:
                 text = f"{HOSTILE[prompt - 2]} {text}"
             tokens = tokens_of(text)
             logp = -3.0 * len(tokens) + source.random()
-            moved = 0.0 if name == "sft" else source.random()
+            moved = 0.0 if name == "sft" or "best_of" in name else source.random()
             row = [prompt, revision, prompt, 1.0, text, tokens, logp, logp - moved]
             for field, value in zip(SAMPLES_SCHEMA.names, row, strict=True):
                 columns[field].append(value)
@@ -395,6 +397,28 @@ def test_settings_of_one_objective_are_one_frontier_and_others_are_points(rich: 
     assert [row["step"] for row in looks] == ["0", "5"]
     assert float(looks[0]["reward"]) == pytest.approx(sum(said) / 2, abs=2e-6)
     assert float(looks[0]["kl"]) == 0.5
+
+
+def test_best_of_n_is_a_curve_over_n_at_the_most_kl_that_it_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    best = {f"best_of_{n}": {"best_of": n} for n in (4, 2)}
+    build({"dpo": RUNS["dpo"]} | best, rounds=0, rich=False)
+    found = json.loads(COMPARISON.read_text())["frontier"]
+    assert list(found["places"]["best_of"]) == ["best_of 2", "best_of 4"]
+    assert list(found["curves"]) == ["best_of"]
+    for words, place in found["places"]["best_of"].items():
+        metrics = json.loads(metrics_of(words.replace(" ", "_")).read_text())
+        assert place["kl_is_bound"] and metrics["kl_is_bound"]
+        assert place["kl"]["value"] == metrics["kl"] > 0
+    assert not found["places"]["dpo"]["beta 0.1"]["kl_is_bound"]
+    drawn = (REPORT / "figures/reward_kl.svg").read_text()
+    assert f"KL at most {metrics_of_best(4):.2f} nats" in drawn
+
+
+def metrics_of_best(n: int) -> float:
+    return json.loads(metrics_of(f"best_of_{n}").read_text())["kl"]
 
 
 def test_measures_are_drawn_of_the_runs_that_have_them(rich: Path, page: str) -> None:
