@@ -51,7 +51,7 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def specification(row: Row) -> str:
-    """A row in words: its loss, then each key with its value; of what is nested `target.beta 0.1`."""
+    """A row in words: its loss, then each key with its value, `target.beta 0.1` where nested."""
     loss = [str(row["loss"])] if "loss" in row else []
     rest = {key: value for key, value in row.items() if key != "loss"}
     return ", ".join([*loss, *(f"{place} {value}" for place, value in _leaves(rest))])

@@ -776,7 +776,7 @@ def test_the_command_says_where_an_mlflow_run_came_from(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "train@dpo: python -m stages.train dpo\n" in done.stdout
     assert "  param runs.dpo = " in done.stdout
-    assert "\n7 stages, " in done.stdout
+    assert "\n8 stages, " in done.stdout
 
 
 def test_the_impact_of_a_text_is_what_its_split_can_reach(project: Path) -> None:

@@ -410,7 +410,7 @@ def test_best_of_n_is_a_curve_over_n_at_the_most_kl_that_it_can_have(
     assert list(found["curves"]) == ["best_of"]
     for words, place in found["places"]["best_of"].items():
         metrics = json.loads(metrics_of(words.replace(" ", "_")).read_text())
-        assert place["kl_is_bound"] and metrics["kl_is_bound"]
+        assert place["kl_is_bound"] is metrics["kl_is_bound"] is True
         assert place["kl"]["value"] == metrics["kl"] > 0
     assert not found["places"]["dpo"]["beta 0.1"]["kl_is_bound"]
     drawn = (REPORT / "figures/reward_kl.svg").read_text()
