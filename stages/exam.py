@@ -9,6 +9,7 @@ record of their own in `.prefopt/cards`, because they are not the same twice.
 import argparse
 import csv
 import hashlib
+import heapq
 import json
 import sys
 import time
@@ -85,7 +86,7 @@ def main() -> None:
     ) as workspace:
         found = pairs_as_items() if in_pipeline else read_items(settings.source)
         # By digest, not by place: files are often sorted by what they hold.
-        items = sorted(found, key=_digest)[: settings.num_items]
+        items = heapq.nsmallest(settings.num_items, found, key=_digest)
         workspace.partial(card_of(name)).write_text(
             as_json(examined(params, name, items, settings.source))
         )

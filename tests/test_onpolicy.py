@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss": "f_dpg",
         "divergence": "0.5*log(t)**2",
         "target": {"reward": "length", "beta": 4.0},
+        "refresh": 2,
     },
     "gdc": {
         "loss": "f_dpg",
@@ -170,7 +171,8 @@ def test_a_run_ends_with_the_same_bits_wherever_it_was_killed(
     )
     trained(RUNS[name])
     assert outputs() == whole
-    assert rounds == [3]
+    # That of the third step is drawn already.
+    assert rounds == [first for first in range(0, 4, RUNS[name].get("refresh", 1)) if first > 2]
 
 
 def test_sigterm_in_a_round_of_several_steps_resumes_to_the_same_bits(
