@@ -38,6 +38,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.models import load_policy, load_tokenizer
+from stages.moments import measured
 from stages.params import load_params
 from stages.runs import bind, check_runs
 
@@ -222,6 +223,21 @@ def test_samples_are_the_policys_own_and_moments_fit_on_the_candidates(
     assert float(curve[0]["fit/moment/short"]) == pytest.approx(0.35, abs=1e-5)
     assert float(curve[0]["fit/moment/letter"]) == pytest.approx(1, abs=1e-12)
     assert float(curve[0]["fit/kl"]) > 0
+
+
+def test_fresh_samples_say_where_the_policy_is_and_where_it_should_be(trained: Train) -> None:
+    trained(RUNS["gdc"], **{"train.learning_rate": 1e-9, "watch.every": None})
+    found = measured(load_params(), "x", 500)
+    assert found["samples"] == 504  # as many of each of the prompts
+    # The policy is still the reference, of which a policy that was trained is not far.
+    assert found["kl_to_reference"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert found["target"]["moment/short"] == pytest.approx(0.35, abs=1e-5)
+    still = found["policy"]["letter"]
+    assert 0 < still["standard_error"] < 0.1
+    trained(RUNS["gdc"], **{"train.learning_rate": 0.02, "watch.every": None})
+    moved = measured(load_params(), "x", 500)
+    assert moved["kl_to_reference"]["mean"] > 5 * moved["kl_to_reference"]["standard_error"]
+    assert moved["policy"]["letter"]["mean"] > still["mean"] + 3 * still["standard_error"]
 
 
 @pytest.mark.parametrize(
