@@ -47,6 +47,7 @@ from stages.results import (
     load_reward_models,
 )
 from stages.tables import (
+    LATE_STEPS,
     NO_DIFFERENCE,
     agreements,
     certainty_rows,
@@ -59,6 +60,7 @@ from stages.tables import (
     signed,
     spans,
     summary,
+    target_rows,
 )
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -129,6 +131,8 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
         frontier=comparison["frontier"],
         least_watched=LEAST_WATCHED,
         settings=setting_rows(comparison),
+        targets=target_rows(results),
+        late_steps=LATE_STEPS,
         advice=advice(params, results),
         figures={name: inline(figures / f"{name}.svg", name) for name in drawn},
         samples=shown_samples(params, results, reference),

@@ -1,5 +1,6 @@
 """The report's tables: for the page, for Markdown and for a terminal."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from stages.params import Params
 from stages.results import OPPONENTS, Reference, Result
 
 EN_DASH = "\N{EN DASH}"
+LATE_STEPS = 10  # over which the moments of a policy's samples are averaged
 NO_DIFFERENCE = "no significant difference"  # the verdict of a comparison that found none
 
 
@@ -222,6 +224,32 @@ def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
         for strength, place in settings.items()
         if frontier["curves"]
     ]
+
+
+def target_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Of runs that learn from their own samples: their target as it was fitted, and how near it is.
+
+    `moments` are (feature, lambda, the target's, the policy's mean over the last steps).
+    """
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        fit = {
+            column.removeprefix("fit/"): values[0]
+            for column, values in result.curve.items()
+            if column.startswith("fit/") and values and not math.isnan(values[0])
+        }
+        if not fit:
+            continue
+        features = [key.removeprefix("lambda/") for key in fit if key.startswith("lambda/")]
+        late = {f: _late_mean(result.curve[f"moments/{f}"]) for f in features}
+        moments = [(f, fit[f"lambda/{f}"], fit[f"moment/{f}"], late[f]) for f in features]
+        rows.append({"run": result, "fit": fit, "moments": moments})
+    return rows
+
+
+def _late_mean(values: Sequence[float]) -> float:
+    late = [value for value in values[-LATE_STEPS:] if not math.isnan(value)]
+    return sum(late) / len(late)
 
 
 def agreements(params: Params, results: Sequence[Result]) -> list[dict[str, Any]]:
