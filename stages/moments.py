@@ -18,11 +18,11 @@ from prefopt.packing import Row
 from prefopt.scoring import score
 from stages import models
 from stages.artefacts import PROMPTS, PROMPTS_SCHEMA, SFT, map_table, model_of, program
+from stages.onpolicy import target_of
 from stages.params import Params, load_params
 from stages.rewards import Text
 from stages.runs import bind
 from stages.sampling import Sampling, sampler
-from stages.targets import fitted_target
 
 FIRST_SEED = 1 << 61
 
@@ -55,13 +55,7 @@ def measured(params: Params, name: str, least: int) -> dict[str, Any]:
     compute = params.compute
     models.set_up(seed=run.seed, num_threads=compute.num_threads)
     prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
-    target = fitted_target(
-        run.draws.target,
-        params,
-        prompts,
-        f"runs.{name}.target",
-        is_trained_on=run.loss.evidence == "Samples",
-    )
+    target = target_of(run, params, name, prompts)
     known = sorted(target.log_z)
     each = -(-least // len(known))
     numbers = [number for number in known for _ in range(each)]
