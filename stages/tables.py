@@ -127,9 +127,8 @@ def certainty_rows(
             for result in results:
                 rate = result.metrics["win_rate"][opponent][judge]
                 controlled = result.metrics["length_controlled"][opponent][judge]
-                true = corrected(rate, card["confusion"]) if card else None
+                fixed = corrected(rate, card["confusion"]) if card else None
                 gold = result.metrics["win_rate"][opponent][params.label.reward]["value"]
-                is_tested = card and true and card["exam"]["source"] == "pairs" and "low" in true
                 rows.append(
                     {
                         "run": result,
@@ -139,11 +138,17 @@ def certainty_rows(
                         "controlled": None if "refused" in controlled else controlled,
                         "refused": controlled.get("refused", ""),
                         "card": card,
-                        "corrected": true,
-                        "holds_gold": true["low"] <= gold <= true["high"] if is_tested else None,
+                        "corrected": fixed,
+                        "holds_gold": _holds(gold, card, fixed),
                     }
                 )
     return rows
+
+
+def _holds(gold: float, card: dict[str, Any] | None, fixed: dict[str, Any] | None) -> bool | None:
+    if not card or not fixed or "refused" in fixed or card["exam"]["source"] != "pairs":
+        return None
+    return fixed["low"] <= gold <= fixed["high"]
 
 
 def corrected(
