@@ -43,11 +43,6 @@ for line in sys.stdin:
         os._exit(0)
     assert os.wait()[1] == 0, line
 """
-PRINT_ORDER = """
-from pathlib import Path
-from flows.graph import read_plan
-print(*read_plan(Path()).order)
-"""
 
 
 def finished_pipeline(directory: Path) -> Path:
@@ -74,7 +69,8 @@ def finished_pipeline(directory: Path) -> Path:
 
 def commands(directory: Path) -> list[str]:
     """Names and commands of the stages of dvc.yaml, in their order."""
-    said = run(directory, "-c", PRINT_ORDER)
+    read = "import pathlib; from flows.graph import read_plan; plan = read_plan(pathlib.Path())"
+    said = run(directory, "-c", f"{read}; print(*plan.order)")
     stages = yaml.safe_load((directory / "dvc.yaml").read_text())["stages"]
     found: list[str] = []
     for name in said.split():

@@ -1,9 +1,10 @@
-"""Records of lineage: others read them, and nobody changes them unseen."""
+"""Records of lineage: others read them, nobody changes them unseen; and scheduled audits."""
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import prov
 import pytest
 import test_audit
+import yaml
+from conftest import PROJECT
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -30,6 +33,7 @@ from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 from jsonschema import Draft4Validator
 from prov.model import ProvDocument
 from test_audit import METRICS, RANKED, Undo, flip, git, other_digest, replace
+from test_flows import api, last_flow_run, run
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -401,3 +405,47 @@ def test_the_commands_say_what_they_did(
     assert says in done.output
     if "--picture" in arguments and code == 0:
         assert {path.name for path in out.iterdir()} == {"a.svg", "a.html"}
+
+
+CALL = """
+import sys
+from flows.scheduled_audit import audit_workspace
+audit_workspace(sys.argv[1], target="train@ranked", return_state=True)
+"""
+
+
+def audited_by_flow(folder: Path, server: str, home: Path) -> tuple[str, list[dict[str, str]]]:
+    """State of the flow's run, and the rows of its artifact."""
+    done = run(
+        home,
+        *(sys.executable, "-c", CALL, str(folder)),
+        PYTHONPATH=str(PROJECT),
+        PREFECT_API_URL=server,
+        PREFECT_HOME=str(home),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = last_flow_run(server, "prefopt-audit")
+    of_run = {"flow_run_id": {"any_": [last["id"]]}, "key": {"any_": ["audit"]}}
+    (artifact,) = api(server, "artifacts", artifacts=of_run)
+    return last["state_type"], json.loads(artifact["data"])
+
+
+def test_a_flow_fails_with_what_fails_and_lists_it(undo: Undo, server: str, tmp_path: Path) -> None:
+    state, rows = audited_by_flow(Path.cwd(), server, tmp_path)
+    assert state == "COMPLETED"
+    assert {row["severity"] for row in rows} <= {"note"}
+    flip(f"{RANKED}/model.safetensors")(undo)
+    state, rows = audited_by_flow(Path.cwd(), server, tmp_path)
+    assert state == "FAILED"
+    artefacts = {row["artefact"]: row["remedy"] for row in rows if row["severity"] == "failed"}
+    assert "dvc checkout" in artefacts[f"{RANKED}/model.safetensors"]
+
+
+def test_the_deployment_is_this_flow_on_a_schedule() -> None:
+    deployments = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+    (found,) = (each for each in deployments if each["name"] == "audit")
+    module, _, name = found["entrypoint"].rpartition(".")
+    assert (PROJECT / f"{module.replace('.', '/')}.py").is_file()
+    assert name == "audit_workspace"
+    assert found["schedules"]
+    assert found["concurrency_limit"] == 1
