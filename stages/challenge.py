@@ -14,7 +14,6 @@ from stages.artefacts import SFT, program
 from stages.existing import CHAMPION
 from stages.params import PARAMS, Params, did_you_mean, dump_yaml, load_params
 from stages.recipes import overlaid
-from stages.runs import bind
 
 
 def main() -> None:
@@ -40,10 +39,11 @@ def challenge(params: Params, champion: str, data: str) -> dict[str, Any]:
         ValueError: if the two could not be compared by right.
     """
     name, judge = params.retrain.run, params.retrain.gate.judge
-    if name not in params.runs or name == CHAMPION:
+    able = [run for run, row in params.runs.items() if "loss" in row and run != CHAMPION]
+    if name not in able:
         raise ValueError(
-            f"retrain.run: no run that can be the challenger, got '{name}'; known: "
-            f"{', '.join(params.runs)}" + did_you_mean(name, params.runs)
+            f"retrain.run: no run that can be the challenger, got '{name}'; able are: "
+            f"{', '.join(able)}" + did_you_mean(name, able)
         )
     if judge not in params.evaluation.judges:
         raise ValueError(
@@ -55,7 +55,6 @@ def challenge(params: Params, champion: str, data: str) -> dict[str, Any]:
             "data.split_by: the champion would be examined on prompts that trained it, got "
             f"{params.data.split_by}; set it to digest"
         )
-    bind(params, name)
     row = dict(params.runs[name])
     if params.retrain.warm_start and champion != str(SFT):
         row["start"] = champion
