@@ -272,7 +272,7 @@ def retrain(
 
         state = retrain(".", revision, branch, concurrency, return_state=True)
     typer.echo(state.message)
-    sys.exit(0 if state.name in ("Completed", "Skipped") else 1)
+    sys.exit(0 if state.name in ("Completed", "Skipped", "CaughtUp") else 1)
 
 
 @app.command()

@@ -34,7 +34,8 @@ from flows.supervise import end_with_parent
 
 BRANCH = "retrain"
 ARRIVED = "prefopt.data.arrived"
-SKIPPED, REFUSED = "Skipped", "Refused"  # names of states that are no failures
+# Names of states that are no failures, beside Completed: promoted.
+REFUSED, SKIPPED, CAUGHT_UP = "Refused", "Skipped", "CaughtUp"
 
 Bounds = list[dict[str, Any]]
 
@@ -43,7 +44,10 @@ Bounds = list[dict[str, Any]]
 def retrain(
     root: str = ".", revision: str = "HEAD", branch: str = BRANCH, concurrency: int = 2
 ) -> State[None]:
-    """One round. Completed: promoted. Refused: the champion stays. Failed: the data are refused.
+    """One round, whose end is Completed if the challenger is promoted, Refused if it is not.
+
+    Skipped: there are no new data. CaughtUp: a later round did what this one was for. Failed: the
+    data are refused, or a stage failed.
 
     Args:
         root: a repository; its working tree is not touched.
@@ -56,8 +60,8 @@ def retrain(
     """
     if deployment.id:
         end_with_parent()  # What the worker no longer watches is to end.
-    if caught_up_by := later_round():
-        return Completed(name=SKIPPED, message=f"round {caught_up_by} has caught up with this one")
+        if later := later_round():
+            return Completed(name=CAUGHT_UP, message=f"round {later} did what this one was for")
     folder = Path(root).resolve()
     # MLflow's file, if no server is set, is the repository's and not the worktree's.
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
@@ -156,8 +160,6 @@ def later_round() -> str | None:
     Rounds that were missed, because no worker was there, all come when one is: the first of them
     does what they were for.
     """
-    if not deployment.id:
-        return None
     with get_client(sync_client=True) as client:
         this = client.read_flow_run(flow_run.id)
         ours = this.deployment_id
@@ -173,10 +175,10 @@ def later_round() -> str | None:
 
 
 def stands_for(run: FlowRun) -> bool:
-    """Whether a round is under way or was completed."""
+    """Whether a round is under way, or was played to its end."""
     state = run.state
     return state is not None and (
-        state.is_running() or (state.is_completed() and state.name != SKIPPED)
+        state.is_running() or (state.is_completed() and state.name != CAUGHT_UP)
     )
 
 

@@ -154,8 +154,8 @@ def bind(params: Params, name: str) -> Run:
 def _loss(name: Any, where: str) -> Loss:
     if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(
-            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}, or best_of "
-            "or model in the place of a loss" + did_you_mean(str(name), LOSSES)
+            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}, or model or "
+            "best_of in the place of a loss" + did_you_mean(str(name), LOSSES)
         )
     return LOSSES[name]
 
