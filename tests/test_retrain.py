@@ -24,6 +24,7 @@ from services import s3
 from test_flows import wait_until
 from test_pipeline import copied, edit, git
 
+from flows.clones import worktree
 from stages import pull, registry
 from stages.challenge import challenge
 from stages.drift import drift, facts
@@ -356,8 +357,8 @@ class Project:
             "OMP_NUM_THREADS": "1",
         }
         edit(self.folder, {key: value for key, value in SMALL.items() if key != "retrain"})
-        pipeline = (self.folder / "dvc.yaml").read_text().partition("\n  report:")[0]
-        (self.folder / "dvc.yaml").write_text(pipeline.replace("python -m", launcher) + "\n")
+        pipeline = self.folder / "dvc.yaml"
+        pipeline.write_text(pipeline.read_text().replace("python -m", launcher))
         (self.folder / "incoming").mkdir()
         self.set_retrain(source="incoming")
 
@@ -429,6 +430,10 @@ def project(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield Project(folder, server, launcher)
 
 
+def worktrees(project: Path) -> str:
+    return git(project, "worktree", "list")
+
+
 def never(_number: int) -> bool:
     return False
 
@@ -442,8 +447,12 @@ def test_rounds_promote_what_is_better_refuse_what_is_worse_and_stop_what_is_poi
 
     # Nobody was champion: the challenger is compared with SFT. Two rounds at once are refused.
     with project.start("-m", "flows.cli", "retrain") as first:
-        wait_until(lock.exists, 60)
-        assert "round-of-retrain: another run works there" in project.retrain(status=1)
+        wait_until(lambda: lock.exists() and "retrain" in worktrees(project.folder), 60)
+        with (
+            pytest.raises(ValueError, match="round-of-retrain: another run works there"),
+            worktree(project.folder, "HEAD", "round-of-retrain"),
+        ):
+            pass
         said, _ = first.communicate()
     assert first.returncode == 0, said[-4000:]
     assert said.splitlines()[-1] == "reviews version 2 is promoted"
@@ -508,7 +517,8 @@ for _ in range(2):
 
 
 def test_missed_rounds_are_caught_up_once_and_new_data_start_one(project: Project) -> None:
-    # The source is as the last test left it: there is nothing new for a round.
+    # Data and parameters are those of the last test's first round: there is nothing to be done.
+    project.set_retrain(warm_start=False)
     project.run("-m", "flows.cli", "deploy")
     name = "deployments/name/prefopt-retrain/retrain"
     deployed = project.api(name, "GET")
