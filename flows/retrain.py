@@ -111,7 +111,8 @@ def play(round_: Round, concurrency: int) -> State[None]:
     }
     held = ask(tree, "registry", "decide", json.dumps(proposal))
     number = held["challenger" if unmet(gate) else "champion"]["version"]
-    told = tell(f"{held['name']} version {number} is {verdict}", gate)
+    report = f"`dvc get . artefacts/report --rev {commit}` brings the report."
+    told = tell(f"{held['name']} version {number} is {verdict}", gate, report)
     return Completed(name=REFUSED if unmet(gate) else None, message=told)
 
 
@@ -139,7 +140,7 @@ def unmet(bounds: Bounds) -> list[str]:
     ]
 
 
-def tell(outcome: str, bounds: Bounds) -> str:
+def tell(outcome: str, bounds: Bounds, more: str = "") -> str:
     """Show what was measured as an artifact of the flow's run, and say the outcome with why."""
     rows = [
         f"| {each['what']} | {each['value']:g} | {each['relation']} {each['bound']:g} | "
@@ -148,7 +149,7 @@ def tell(outcome: str, bounds: Bounds) -> str:
     ]
     table = "\n".join(["| measured | value | bound | holds |", "| --- | --- | --- | --- |", *rows])
     try:
-        create_markdown_artifact(f"{outcome}\n\n{table}\n", key="retraining")
+        create_markdown_artifact(f"{outcome}\n\n{table}\n\n{more}\n", key="retraining")
     except UNREACHABLE as error:
         get_run_logger().warning("artifacts: Prefect's server did not take them, got %s", error)
     return ": ".join([outcome, *(["; ".join(unmet(bounds))] if unmet(bounds) else [])])

@@ -28,9 +28,11 @@ from flows.clones import worktree
 from stages import pull, registry
 from stages.challenge import challenge
 from stages.drift import drift, facts
+from stages.existing import existing_policy
 from stages.gate import bounds
 from stages.params import Params
 from stages.prepare import in_lasting_order
+from stages.runs import bind, check_runs
 from stages.sources import Text, read_sentences, read_texts
 
 Row = dict[str, str]
@@ -227,6 +229,33 @@ def test_a_round_that_could_compare_nothing_is_refused(
     params = params_of(**{"data.split_by": "digest", **changes})
     with pytest.raises(ValueError, match=message):
         challenge(params, "data/models/champion", "new.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"start": "data/models/a", "lora": {"rank": 2, "alpha": 4, "targets": "all-linear"}},
+            "runs.dpo.start: is for runs that train all weights on labels",
+        ),
+        ({"start": "elsewhere"}, "runs.dpo.start: .*should match pattern.* got 'elsewhere'"),
+    ],
+    ids=["adapters", "not watched"],
+)
+def test_a_start_that_cannot_be_is_refused(row: dict[str, Any], message: str) -> None:
+    params = params_of(runs={"dpo": {"loss": "dpo", "beta": 0.1, **row}})
+    with pytest.raises(ValueError, match=message):
+        bind(params, "dpo")
+
+
+def test_a_policy_that_exists_is_no_training() -> None:
+    there = {"model": "data/models/champion"}
+    params = params_of(runs={"dpo": {"loss": "dpo", "beta": 0.1}, "champion": there})
+    assert existing_policy(params, "champion") == there["model"]
+    assert [run.written["loss"] for run in check_runs(params)] == ["dpo"]
+    for row in (there | {"beta": 0.1}, {"model": "/elsewhere"}):
+        with pytest.raises(ValueError, match=r"runs.champion\."):
+            existing_policy(params_of(runs={"champion": row}), "champion")
 
 
 # Who is champion.
