@@ -25,6 +25,9 @@ PAGE = HERE / "coverage.md"
 
 NUM_SIMULATIONS = 6000
 CLAIMED, TOLERATED = 0.95, 0.02
+# Of a difference, how much more may be covered: where hardly any prompt tells two runs apart, its
+# interval is too wide, which claims too little and never too much.
+TOLERATED_OVER = 0.04
 RATES = (0.5, 0.6, 0.8, 0.95)
 PROMPTS = (50, 100, 256, 1000)
 
@@ -161,12 +164,43 @@ def _intervals(
 
 
 def outside(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cells of a win rate whose interval covers less or more than is tolerated."""
+    """Cells whose interval covers less or more than is tolerated."""
     return [
         cell
         for cell in results["cells"]
-        if len(cell["truths"]) == 1 and abs(cell["coverage"] - CLAIMED) > TOLERATED
+        if not -TOLERATED
+        <= round(cell["coverage"] - CLAIMED, 6)
+        <= (TOLERATED_OVER if is_difference(cell) else TOLERATED)
     ]
+
+
+def is_difference(cell: dict[str, Any]) -> bool:
+    return len(cell["truths"]) == 2
+
+
+def too_wide(results: dict[str, Any]) -> list[str]:
+    """Sentences on the differences that cover more than a win rate may."""
+    differences = [cell for cell in results["cells"] if is_difference(cell)]
+    limit = CLAIMED + TOLERATED
+    over = [cell for cell in differences if round(cell["coverage"] - limit, 6) > 0]
+    if not over:
+        return []
+    named = [
+        f"{name_of(cell['truths'])} on {cell['prompts']} prompts, {cell['design']} "
+        f"({cell['coverage']:.3f})"
+        for cell in over
+    ]
+    return [
+        f"Of {len(differences)} differences {len(over)} cover more than {limit:g}: "
+        f"{'; '.join(named)}. There the interval is wider than it need be; up to "
+        f"{CLAIMED + TOLERATED_OVER:g} is tolerated of differences, and no less than "
+        f"{CLAIMED - TOLERATED:g} of anything.",
+        "",
+    ]
+
+
+def name_of(truths: Sequence[float]) -> str:
+    return " against ".join(f"{truth:g}" for truth in truths)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -185,6 +219,7 @@ def page(results: dict[str, Any]) -> str:
         f"{FIRST_ADVANTAGE:g} more, and ties {TIES:g} times the share that is not won. The truth "
         "is the win rate that such a judge gives with endless prompts and trainings.",
         "",
+        *too_wide(results),
     ]
     for design in results["designs"]:
         title = design["title"]
@@ -198,10 +233,9 @@ def page(results: dict[str, Any]) -> str:
         ]
         for truths in dict.fromkeys(tuple(cell["truths"]) for cell in cells):
             row = [cell for cell in cells if tuple(cell["truths"]) == truths]
-            name = " against ".join(f"{truth:g}" for truth in truths)
             kind = "difference" if len(truths) == 2 else "win rate"
             shares = [f"{cell['coverage']:.3f} ({cell['width']:.3f})" for cell in row]
-            lines.append(f"| {kind}, {name} | " + " | ".join(shares) + " |")
+            lines.append(f"| {kind}, {name_of(truths)} | " + " | ".join(shares) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -211,7 +245,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
     if missed := outside(results):
-        sys.exit(f"coverage: outside of {CLAIMED} +- {TOLERATED}, got {missed}")
+        sys.exit(f"coverage: more or less than is tolerated, got {missed}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def memory_table(results: dict[str, Any]) -> str:
         peaks = [results["pairs"][size].get(stage, {}).get("bytes") for size in sizes]
         known = [peak for peak in peaks if peak is not None]
         cells = ["not run" if peak is None else f"{peak / MIB:.0f} MiB" for peak in peaks]
-        lines.append(f"| {stage} | {' | '.join(cells)} | {max(known) / min(known):.3f} |")
+        grown = f"{max(known) / min(known):.3f}" if len(known) > 1 else "\N{EN DASH}"
+        lines.append(f"| {stage} | {' | '.join(cells)} | {grown} |")
     return "\n".join(lines) + "\n"
 
 

@@ -757,10 +757,11 @@ def _facts(
     yield "status", "FINISHED", record["status"]
     yield "tag dvc.stage", f"train@{run}", record["tags"].get("dvc.stage", "none")
     yield "tag mlflow.runName", run, record["tags"].get("mlflow.runName", "none")
-    sections = ("train", "watch", f"runs.{run}", "compute")
     written: dict[str, Any] = {}
-    for section in sections:
+    for section in ("compute", "train", "watch", f"runs.{run}"):
         written |= params.get(f"params.yaml:{section}", {})
+    if written.get("seed") is None:  # of the run, which then has the experiment's
+        written["seed"] = params.get("params.yaml:compute", {}).get("seed")
     for key, value in record["params"].items():
         if key in written and not isinstance(written[key], dict):
             yield f"parameter {key}", str(written[key]), value

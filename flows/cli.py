@@ -227,10 +227,13 @@ def serve_judge(
 
 @app.command()
 def judges() -> None:
-    """Say what each judge of params.yaml is and, of endpoints, what is still to ask and to pay."""
+    """Say what each judge is, what endpoints have still to answer, and all report cards."""
+    from stages.cards import described_cards
     from stages.judge import estimates
 
     typer.echo(_or_exit(estimates))
+    if cards := _or_exit(described_cards):
+        typer.echo(f"\n{cards}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from torch import Tensor
 MAX_STEPS = 100
 TOLERANCE = 1e-6  # of a fitted moment, in the feature's own units
 LEAST_ESS = 20.0  # effective samples that a target may rest on
+LEAST_GROUP_ESS = 4.0  # of a typical group: its log Z is then off by about half a nat
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,23 @@ class Normalised:
         log_z: log Z of every group, nats; -inf where no sample of it is allowed.
         weights: of the samples, which sum to 1; groups that are allowed nothing have none.
         kl: KL(p || a) in nats a completion, the mean over groups.
+        group_ess: effective samples of every group, Kish's; 0 where no sample of it is allowed.
     """
 
     log_z: Float[Tensor, " groups"]
     weights: Float[Tensor, " samples"]
     kl: float
+    group_ess: Float[Tensor, " groups"]
 
     @property
     def ess(self) -> float:
         """Effective samples, Kish's: as many as equal weights would need to vary as little."""
         return 1 / self.weights.square().sum().item()
+
+    @property
+    def typical_group_ess(self) -> float:
+        """The median over groups that are allowed anything."""
+        return self.group_ess[self.group_ess > 0].median().item()
 
     def mean(self, features: Float[Tensor, "samples features"]) -> Float[Tensor, " features"]:
         """E_p[phi]."""
@@ -84,9 +92,16 @@ def normalised(scores: Float[Tensor, " samples"], groups: Int[Tensor, " samples"
     masses = (scores - shift[groups]).exp()
     totals = masses.new_zeros(num_groups).scatter_add(0, groups, masses)
     log_z = torch.where(alive, totals.log() - sizes.log() + shift, -math.inf)
-    weights = masses / totals.clamp(min=1)[groups] / alive.sum()
+    shares = masses / totals.clamp(min=1)[groups]
+    weights = shares / alive.sum()
     within = torch.where(weights > 0, scores - log_z[groups], 0.0)
-    return Normalised(log_z, weights, kl=(weights * within).sum().item())
+    squares = masses.new_zeros(num_groups).scatter_add(0, groups, shares.square())
+    return Normalised(
+        log_z,
+        weights,
+        kl=(weights * within).sum().item(),
+        group_ess=torch.where(alive, 1 / squares, 0.0),
+    )
 
 
 def fitted(
@@ -146,7 +161,7 @@ def fitted(
 
 
 def check_ess(target: Normalised, where: str) -> None:
-    """Refuse a target that rests on too few samples of the reference.
+    """Refuse a target that rests on too few samples of the reference, in all or in most groups.
 
     Raises:
         ValueError: naming the remedy.
@@ -156,6 +171,15 @@ def check_ess(target: Normalised, where: str) -> None:
             f"{where}: too far from the reference for its samples, got {target.ess:.3g} effective "
             f"ones of {len(target.weights)}, fewer than {LEAST_ESS:g}; take more samples "
             "(sample.num_prompts, sample.num_completions), or a milder target"
+        )
+    if target.typical_group_ess < LEAST_GROUP_ESS:
+        size = len(target.weights) / len(target.log_z)
+        raise ValueError(
+            f"{where}: too far from the reference for its samples of one prompt, got a median of "
+            f"{target.typical_group_ess:.3g} effective ones of {size:.3g}, fewer than "
+            f"{LEAST_GROUP_ESS:g}, so that most prompts' log Z would be chance; take more samples "
+            "a prompt (sample.num_completions), a milder target (a larger beta, moments nearer to "
+            "the reference's), or one normaliser for all prompts (log_z: global)"
         )
 
 

@@ -57,9 +57,9 @@ def of_policy(drawn: Drawn) -> dict[str, float]:
 def to_target(drawn: Drawn) -> dict[str, float]:
     """Distances between policy and target; empty if the target allows none of the samples.
 
-    `kl_p_pi`, `kl_pi_p` and `js` are nats a completion, `tv` and `ess` are in [0, 1]. `js` is the
-    usual one, at most log 2. Where the target is zero KL(pi || p) is infinite: there log pi/p is
-    taken for 50. `ess` is Kish's effective share of the samples for means over the target.
+    `kl_p_pi`, `kl_pi_p` and `js` are nats a completion, `tv` and `ess_share` are in [0, 1]. `js` is
+    the usual one, at most log 2. Where the target is zero KL(pi || p) is infinite: there log pi/p
+    is taken for 50. `ess_share` is Kish's effective share of the samples for means over the target.
     """
     pi, p = drawn.policy_weights, drawn.target_weights
     if p is None:
@@ -72,5 +72,5 @@ def to_target(drawn: Drawn) -> dict[str, float]:
         "kl_pi_p": (pi * u).sum().item(),
         "tv": 0.5 * (pi - p).abs().sum().item(),
         "js": 0.5 * ((p * from_target).sum() + (pi * (drawn.logp - middle)).sum()).item(),
-        "ess": 1 / (len(p) * p.square().sum().item()),
+        "ess_share": 1 / (len(p) * p.square().sum().item()),
     }

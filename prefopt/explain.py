@@ -31,6 +31,7 @@ SYMBOLS = {
     "h": "u_w - u_l, the margin",
     "h_shared": "the margin of each side's first min(n_w, n_l) tokens",
     "u": "log pi(y|x)/pi_ref(y|x), the log-ratio of a completion, in nats",
+    "u_q": "log q(y|x)/pi_ref(y|x), q the policy that drew the completion, in nats",
     "u_w": "log-ratio of the chosen completion: log pi/pi_ref, in nats",
     "u_l": "log-ratio of the rejected completion",
     "u_shared": "log-ratio of a completion's first min(n_w, n_l) tokens",

@@ -31,8 +31,8 @@ class Row:
 class Tile:
     """Lines of like size that attend as one batch, as slots.
 
-    A line is a row, or only its completion, which sees the prompt that another line
-    computes.    Shorter lines are padded at their end with slot 0, which no real query sees.
+    A line is a row, or only its completion, which sees the prompt that another line computes.
+    Shorter lines are padded at their end with slot 0, which no real query sees.
 
     Args:
         queries: the slots that look.

@@ -9,6 +9,7 @@ record of their own in `.prefopt/cards`, because they are not the same twice.
 import argparse
 import csv
 import hashlib
+import heapq
 import json
 import sys
 import time
@@ -26,17 +27,16 @@ from stages.artefacts import (
     COMPLETIONS,
     PAIRS,
     PROMPTS,
-    WORK,
     card_of,
     program,
     stage,
 )
+from stages.cards import expenses_of
 from stages.judges import PARSED, Asked, Comparison, Judgement, is_watched, load_judge
 from stages.ledger import opened
 from stages.pairs import labelled_pairs
 from stages.params import Params, load_params
 
-EXPENSES = WORK / "cards"
 POINTS = {"policy": 1.0, "tie": 0.5, "opponent": 0.0}  # of an item's first text
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     ) as workspace:
         found = pairs_as_items() if in_pipeline else read_items(settings.source)
         # By digest, not by place: files are often sorted by what they hold.
-        items = sorted(found, key=_digest)[: settings.num_items]
+        items = heapq.nsmallest(settings.num_items, found, key=_digest)
         workspace.partial(card_of(name)).write_text(
             as_json(examined(params, name, items, settings.source))
         )
@@ -301,8 +301,9 @@ def _write_expenses(name: str, judge: Any, seconds: float, num_items: int) -> No
                 if times
                 else None,
             }
-    EXPENSES.mkdir(parents=True, exist_ok=True)
-    (EXPENSES / f"{name}.json").write_text(as_json(took))
+    path = expenses_of(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_json(took))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ reward against KL.
 
 import copy
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, cast
 
 Row = Mapping[str, Any]
 
-# What weighs the pull to the reference, by its place in a row of `runs`.
-STRENGTHS = ("beta", "tau", "target.beta")
+# What weighs the pull to the reference, by its place in a row of `runs`; best-of-N's is N.
+STRENGTHS = ("beta", "tau", "target.beta", "best_of")
 
 
 def families(runs: Mapping[str, Row]) -> dict[str, list[str]]:
@@ -32,7 +33,7 @@ def sweeps(runs: Mapping[str, Row]) -> dict[str, dict[str, list[str]]]:
     found: dict[str, list[tuple[float, str, list[str]]]] = {}
     for names in families(runs).values():
         row = runs[names[0]]
-        objective = specification(without(row, "seed", *STRENGTHS))
+        objective = specification(without(row, "seed", *STRENGTHS)) or "best_of"
         said = {place: value for place in STRENGTHS if (value := at(row, place)) is not None}
         number = float(next(iter(said.values()), 0.0))
         words = specification(said)
@@ -43,10 +44,17 @@ def sweeps(runs: Mapping[str, Row]) -> dict[str, dict[str, list[str]]]:
     }
 
 
+def common_name(names: Sequence[str]) -> str:
+    """What the runs of one family are called together: `dpo` of dpo_0 and dpo_1; else all names."""
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same).rstrip("_-.") or " + ".join(names)
+
+
 def specification(row: Row) -> str:
-    """A row in words: its loss, then each key with its value."""
+    """A row in words: its loss, then each key with its value, `target.beta 0.1` where nested."""
     loss = [str(row["loss"])] if "loss" in row else []
-    return ", ".join([*loss, *(f"{key} {value}" for key, value in row.items() if key != "loss")])
+    rest = {key: value for key, value in row.items() if key != "loss"}
+    return ", ".join([*loss, *(f"{place} {value}" for place, value in _leaves(rest))])
 
 
 def trained(row: Row, default_seed: int) -> str:
@@ -95,3 +103,11 @@ def without(row: Row, *places: str) -> dict[str, Any]:
 
 def _key(row: Row) -> str:
     return json.dumps(row, sort_keys=True)
+
+
+def _leaves(row: Row, within: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(cast(Row, value), f"{within}{key}.")
+        else:
+            yield within + key, value

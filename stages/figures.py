@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from stages.families import sweeps
+from stages.families import common_name, sweeps
 from stages.params import Params
 from stages.results import COLOURS, MARKERS, OPPONENTS, Reference, Result
 
@@ -47,7 +47,7 @@ MEASURES = {
     "samples/distinct_2": "distinct 2-grams",
     "samples/distinct_3": "distinct 3-grams",
     "samples/self_bleu": "Self-BLEU",
-    "samples/ess": "effective sample size",
+    "samples/ess_share": "effective share of samples",
 }
 TOLD = "told: "  # begins the ids that `save` makes titles of
 STYLE_OF_FIGURES: "dict[RcKeyType, Any]" = {
@@ -182,13 +182,14 @@ def draw_frontier(
             kl, reward, rate = place["kl"], place["reward"], place["win_rate"]
             x, spread = kl["value"], kl["standard_error"]
             error = reward["standard_error"]
+            spent = f"at most {x:.2f}" if place["kl_is_bound"] else f"{x:.2f} ± {spread:.2f}"
             words = (
-                f"{names} ({objective}{', ' if strength else ''}{strength}): KL {x:.2f} ± "
-                f"{spread:.2f} nats, reward {reward['value']:.3f} ± {error:.3f}, win rate over SFT "
+                f"{names} ({objective}{', ' if strength else ''}{strength}): KL {spent} nats, "
+                f"reward {reward['value']:.3f} ± {error:.3f}, win rate over SFT "
                 f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
             )
-            name = names if len(place["runs"]) == 1 else objective
-            label = name if curve is None else strength.split()[-1]
+            label = common_name(place["runs"]) if curve is None else strength.split()[-1]
+            label = f"{label} (KL at most)" if place["kl_is_bound"] else label
             for axes, y, low, high in (
                 (rewards, reward["value"], reward["value"] - error, reward["value"] + error),
                 (rates, rate["value"], rate["low"], rate["high"]),

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.metrics import best_of_kl_bound
 from prefopt.statistics.frontier import Setting, compare_frontiers
 from prefopt.statistics.intervals import points, win_rate
+from stages.best_of import best_of
 from stages.families import sweeps
 from stages.params import Params
 from stages.verdicts import Table, rows_where, samples
@@ -21,6 +23,8 @@ def reward_against_kl(
     params: Params, tables: Mapping[str, Table], prompts: range
 ) -> dict[str, Any]:
     """Where every setting stands by the gold reward, and which frontier is above which.
+
+    Best-of-N stands at the most KL that it can have, whatever the reward.
 
     Args:
         params: the experiment's.
@@ -34,11 +38,14 @@ def reward_against_kl(
     written = {name: _by_prompt(samples(name, prompts)) for name in tables}
     found = sweeps(params.runs)
 
+    def kl(name: str) -> np.ndarray:
+        if best := best_of(params, name):  # SFT wrote its samples: their log-ratios are 0.
+            return np.full(len(prompts), best_of_kl_bound(best.best_of))
+        return np.subtract(written[name]["logp"], written[name]["reference_logp"])
+
     def setting(names: list[str]) -> Setting:
         return Setting(
-            kl=np.array(
-                [np.subtract(written[n]["logp"], written[n]["reference_logp"]) for n in names]
-            ),
+            kl=np.array([kl(name) for name in names]),
             reward=np.array([judged[name]["policy_reward"] for name in names]),
         )
 
@@ -59,7 +66,11 @@ def reward_against_kl(
                 np.array([prompt for name in names for prompt in judged[name]["prompt"]]),
                 np.repeat(range(len(names)), len(judged[names[0]]["prompt"])),
             )
-            tree["places"][objective][words] |= {"runs": names, "win_rate": _rounded(asdict(rate))}
+            tree["places"][objective][words] |= {
+                "runs": names,
+                "win_rate": _rounded(asdict(rate)),
+                "kl_is_bound": best_of(params, names[0]) is not None,
+            }
     return tree
 
 

@@ -31,6 +31,7 @@ from stages.artefacts import (
     PROMPTS_SCHEMA,
     ROLLOUTS_SCHEMA,
     SFT,
+    Column,
     map_table,
     read_table,
     write_table,
@@ -56,9 +57,8 @@ def course(pair: Models, params: Params, run: Run, name: str, directory: Path) -
     Raises:
         ValueError: if the target is out of the candidates' reach.
     """
-    assert run.draws is not None
     prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
-    target = fitted_target(run.draws.target, params, prompts, f"runs.{name}.target")
+    target = target_of(run, params, name, prompts)
     rows = sorted(target.log_z)
     optimiser = run.optimiser
     steps = Steps(len(rows), optimiser.batch_size, optimiser.num_epochs, run.seed)
@@ -71,6 +71,18 @@ def course(pair: Models, params: Params, run: Run, name: str, directory: Path) -
         share=functools.partial(objective, pair, run, target, rounds),
         where=lambda step: f"rows {[rows[number] for number in steps[step]]} of {PROMPTS}",
     )
+
+
+def target_of(run: Run, params: Params, name: str, prompts: dict[str, Column]) -> Target:
+    """A run's target, fitted.
+
+    Raises:
+        ValueError: if the target is out of the candidates' reach.
+    """
+    assert run.draws is not None
+    is_trained_on = run.loss.evidence == "Samples"
+    where = f"runs.{name}.target"
+    return fitted_target(run.draws.target, params, prompts, where, is_trained_on=is_trained_on)
 
 
 class Drawn:
@@ -275,5 +287,5 @@ def _metrics(drawn: Drawn, logp: Tensor, target: Target, run: Run) -> Metrics:
     metrics |= {f"samples/distinct_{n}": distinct_within(texts, n) for n in (1, 2, 3)}
     metrics["samples/self_bleu"] = self_bleu(texts)
     distances = estimates.to_target(seen)
-    metrics["samples/ess"] = distances.pop("ess", 0.0)
+    metrics["samples/ess_share"] = distances.pop("ess_share", 0.0)
     return metrics | {f"target/{name}": x for name, x in distances.items()}

@@ -14,7 +14,7 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
-    read_table,
+    map_table,
 )
 from stages.sources import TURN, read_texts
 
@@ -69,10 +69,10 @@ def pairs_of(source: str) -> Iterator[TextPair]:
 
 def labelled_pairs() -> Iterator[TextPair]:
     """The pipeline's pairs."""
-    prompts = read_table(PROMPTS, PROMPTS_SCHEMA)
-    candidates = read_table(CANDIDATES, CANDIDATES_SCHEMA)
-    completions = read_table(COMPLETIONS, COMPLETIONS_SCHEMA)
-    pairs = read_table(PAIRS, PAIRS_SCHEMA)
+    prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
+    candidates = map_table(CANDIDATES, CANDIDATES_SCHEMA)
+    completions = map_table(COMPLETIONS, COMPLETIONS_SCHEMA)
+    pairs = map_table(PAIRS, PAIRS_SCHEMA)
     texts: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, str]] = {}
 
     def know(row: int, tokens: list[int], text: str) -> None:

@@ -75,7 +75,8 @@ def _worst(result: Result, names: Sequence[str]) -> str:
 def _has(params: Params, row: dict[str, Any], remedy: str) -> bool:
     key, _, value = remedy.partition(": ")
     if value:
-        return row.get(key) == value
+        # A divergence is a remedy of losses on pairs; f-DPG's is what its samples are weighed by.
+        return row.get(key) == value and (key == "loss" or row.get("loss") == "f_dpo")
     if key == "learning_rate":
         return row.get(key, params.train.learning_rate) < params.train.learning_rate
     if key == "beta":

@@ -32,6 +32,8 @@ from stages.artefacts import (
     samples_of,
     stage,
 )
+from stages.best_of import best_of
+from stages.cards import load_cards
 from stages.figures import LEAST_WATCHED, draw, inline
 from stages.params import Params, dump_yaml, load_params
 from stages.remedies import advice
@@ -40,13 +42,13 @@ from stages.results import (
     Reference,
     Result,
     inputs_of,
-    load_cards,
     load_comparison,
     load_reference,
     load_results,
     load_reward_models,
 )
 from stages.tables import (
+    LATE_STEPS,
     NO_DIFFERENCE,
     agreements,
     certainty_rows,
@@ -59,6 +61,7 @@ from stages.tables import (
     signed,
     spans,
     summary,
+    target_rows,
 )
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -102,7 +105,7 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
     figures.mkdir(parents=True)
     (directory / "results.md").write_text(markdown(params, results, columns))
     (directory / "results.txt").write_text(summary(params, results))
-    reward_models = load_reward_models(params)
+    cards, reward_models = load_cards(params), load_reward_models(params)
     drawn = draw(figures, params, results, reference, comparison, reward_models)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
@@ -120,15 +123,18 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
         columns=columns,
         spans=spans(columns),
         lead=lead(params, results, comparison),
+        picked=[result for result in results if best_of(params, result.name)],
         cautions=cautions(params, results),
         num_prompts=len(reference.texts),
-        certainty=certainty_rows(params, results),
+        certainty=certainty_rows(params, results, cards),
         power=power(params, results),
         matrices=matrices(params, comparison),
         elo=elo_rows(comparison),
         frontier=comparison["frontier"],
         least_watched=LEAST_WATCHED,
         settings=setting_rows(comparison),
+        targets=target_rows(results),
+        late_steps=LATE_STEPS,
         advice=advice(params, results),
         figures={name: inline(figures / f"{name}.svg", name) for name in drawn},
         samples=shown_samples(params, results, reference),
@@ -136,7 +142,7 @@ def write_report(directory: Path, params: Params, inputs: Sequence[Path]) -> Non
         num_watched=NUM_WATCHED,
         prompts=map_table(PROMPTS, PROMPTS_SCHEMA)["text"],
         agreements=agreements(params, results),
-        cards=load_cards(params),
+        cards=cards,
         reward_models=reward_models,
         resolved=dump_yaml(params.model_dump()),
         digests={str(path): digest(path) for path in inputs},
@@ -193,22 +199,36 @@ def lock_digest() -> str:
     return hashlib.sha256(LOCK.read_bytes()).hexdigest()
 
 
-def best_run(params: Params, results: Sequence[Result]) -> Result:
-    """The highest win rate over SFT by the gold reward; of equals, the first in params.yaml."""
-    return max(results, key=lambda r: r.metrics["win_rate"]["sft"][params.label.reward]["value"])
+def best_run(params: Params, results: Sequence[Result]) -> Result | None:
+    """The highest win rate over SFT by the gold reward; of equals, the first in params.yaml.
+
+    Best-of-N is left out, because it picks what it shows by that reward; None if there is nothing
+    else.
+    """
+    return max(
+        (result for result in results if not best_of(params, result.name)),
+        key=lambda result: result.metrics["win_rate"]["sft"][params.label.reward]["value"],
+        default=None,
+    )
 
 
-def lead(params: Params, results: Sequence[Result], comparison: dict[str, Any]) -> dict[str, Any]:
+def lead(
+    params: Params, results: Sequence[Result], comparison: dict[str, Any]
+) -> dict[str, Any] | None:
     """What the page says first: the best run, and which others it is not shown to beat.
 
     By the paired comparisons with Holm's correction, where trainings of one objective with several
-    seeds are one; so another may be better than the family of the best run.
+    seeds are one; so another may be better than the family of the best run. None if no run may be
+    called best.
     """
     best = best_run(params, results)
+    if best is None:
+        return None
     pairs = [
         pair
         for pair in comparison["win_rate"]["sft"][params.label.reward]
-        if best.name in names_in(pair["first"]) + names_in(pair["second"])
+        if best.name in (names := names_in(pair["first"]) + names_in(pair["second"]))
+        and not any(best_of(params, name) for name in names)
     ]
     beaten, equals, better = list[str](), list[str](), list[str]()
     for pair in pairs:
@@ -263,10 +283,10 @@ def cautions(params: Params, results: Sequence[Result]) -> dict[str, list[str]]:
 def shown_samples(
     params: Params, results: Sequence[Result], reference: Reference
 ) -> list[dict[str, Any]]:
-    """The first evaluation prompts with everybody's completions; the best run comes first."""
+    """The first evaluation prompts with everybody's completions; the best run's come first."""
     prompts = map_table(PROMPTS, PROMPTS_SCHEMA)
     best = best_run(params, results)
-    ordered = [best, *(result for result in results if result is not best)]
+    ordered = sorted(results, key=lambda result: result is not best)
     return [
         {
             "prompt": prompts["text"][number],

@@ -200,15 +200,6 @@ def load_comparison() -> dict[str, Any]:
     return json.loads(COMPARISON.read_text())
 
 
-def load_cards(params: Params) -> dict[str, dict[str, Any]]:
-    """Judge -> its report card, of those that were examined."""
-    return {
-        judge: json.loads(card_of(judge).read_text())
-        for judge in params.evaluation.judges
-        if card_of(judge).exists()
-    }
-
-
 def load_reward_models(params: Params) -> dict[str, dict[str, Any]]:
     """Reward model -> its metrics with its `reliability`, of those that were trained."""
     found: dict[str, dict[str, Any]] = {}

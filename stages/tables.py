@@ -1,19 +1,23 @@
 """The report's tables: for the page, for Markdown and for a terminal."""
 
+import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from prefopt.statistics.intervals import cells, complete, points, proportion_intervals
+from prefopt.statistics.correction import corrected_win_rate
+from prefopt.statistics.intervals import Estimate, cells, complete, points, proportion_intervals
 from prefopt.statistics.power import Design, detectable_effect
+from stages.best_of import best_of
 from stages.params import Params
 from stages.results import OPPONENTS, Reference, Result
 
 EN_DASH = "\N{EN DASH}"
+LATE_STEPS = 10  # over which the moments of a policy's samples are averaged
 NO_DIFFERENCE = "no significant difference"  # the verdict of a comparison that found none
 
 
@@ -38,7 +42,7 @@ class Column:
 
 def result_columns(params: Params, results: Sequence[Result], reference: Reference) -> list[Column]:
     """The result table, for the page and for Markdown alike."""
-    judges, label = params.evaluation.judges, params.label.reward
+    label = params.label.reward
 
     def column(group: str, head: str, sft: Cell, cell: Callable[[dict[str, Any]], Cell]) -> Column:
         return Column(group, head, [sft, *(cell(result.metrics) for result in results)])
@@ -59,9 +63,9 @@ def result_columns(params: Params, results: Sequence[Result], reference: Referen
 
     return [
         *(
-            win_rate_column(opponent, judge, results, is_gold=judge == label)
+            win_rate_column(params, opponent, judge, results)
             for opponent in OPPONENTS
-            for judge in judges
+            for judge in params.evaluation.judges
         ),
         column("policy", "KL, nats", Cell("0"), kl),
         number("policy", f"reward ({label})", "reward", reference.reward, ".3f"),
@@ -75,16 +79,21 @@ def result_columns(params: Params, results: Sequence[Result], reference: Referen
     ]
 
 
-def win_rate_column(
-    opponent: str, judge: str, results: Sequence[Result], *, is_gold: bool
-) -> Column:
+def win_rate_column(params: Params, opponent: str, judge: str, results: Sequence[Result]) -> Column:
+    """A judge's win rates over an opponent, best the highest of those that are no best-of-N."""
     rates = [result.metrics["win_rate"][opponent][judge] for result in results]
-    highest = max(rate["value"] for rate in rates)
+    trained = [not best_of(params, result.name) for result in results]
+    highest = max((r["value"] for r, ok in zip(rates, trained, strict=True) if ok), default=None)
     cells = [
-        Cell(f"{rate['value']:.2f}", interval(rate), rate["value"] == highest, rate["value"])
-        for rate in rates
+        Cell(
+            f"{rate['value']:.2f}",
+            interval(rate),
+            is_trained and rate["value"] == highest,
+            rate["value"],
+        )
+        for rate, is_trained in zip(rates, trained, strict=True)
     ]
-    head = f"{judge} (gold reward)" if is_gold else judge
+    head = f"{judge} (gold reward)" if judge == params.label.reward else judge
     return Column(f"win rate over {OPPONENTS[opponent]}", head, [Cell(""), *cells])
 
 
@@ -104,14 +113,24 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def certainty_rows(params: Params, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """How sure every win rate is: one row a run, an opponent and a judge."""
+def certainty_rows(
+    params: Params, results: Sequence[Result], cards: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """How sure every win rate is: one row a run, an opponent and a judge.
+
+    `card` and `corrected` are None of the gold reward and of judges that were not examined.
+    `holds_gold` is whether the corrected interval holds what the gold reward itself gives; None
+    where the exam's labels are not the gold reward's, or refuse the correction.
+    """
     rows: list[dict[str, Any]] = []
     for opponent in OPPONENTS:
         for judge in params.evaluation.judges:
+            card = None if judge == params.label.reward else cards.get(judge)
             for result in results:
                 rate = result.metrics["win_rate"][opponent][judge]
                 controlled = result.metrics["length_controlled"][opponent][judge]
+                fixed = corrected(rate, card["confusion"]) if card else None
+                gold = result.metrics["win_rate"][opponent][params.label.reward]["value"]
                 rows.append(
                     {
                         "run": result,
@@ -120,9 +139,42 @@ def certainty_rows(params: Params, results: Sequence[Result]) -> list[dict[str, 
                         "rate": rate,
                         "controlled": None if "refused" in controlled else controlled,
                         "refused": controlled.get("refused", ""),
+                        "card": card,
+                        "corrected": fixed,
+                        "holds_gold": _holds(gold, card, fixed),
                     }
                 )
     return rows
+
+
+def _holds(gold: float, card: dict[str, Any] | None, fixed: dict[str, Any] | None) -> bool | None:
+    if not card or not fixed or "refused" in fixed or card["exam"]["source"] != "pairs":
+        return None
+    return fixed["low"] <= gold <= fixed["high"]
+
+
+def corrected(
+    rate: Mapping[str, float], confusion: Mapping[str, Mapping[str, int]]
+) -> dict[str, Any]:
+    """A win rate without the errors that the judge's exam shows, or why there is none: `refused`.
+
+    Args:
+        rate: what the judge gave.
+        confusion: of its card, label -> verdict -> items.
+    """
+    sides = {"first": "policy", "second": "opponent"}
+    items = [
+        (sides.get(verdict, verdict), sides[label])
+        for label, counts in confusion.items()
+        for verdict, count in counts.items()
+        for _ in range(count)
+    ]
+    observed = Estimate(*(rate[field.name] for field in fields(Estimate)))
+    try:
+        found = corrected_win_rate(observed, [v for v, _ in items], [label for _, label in items])
+    except ValueError as error:
+        return {"refused": str(error)}
+    return asdict(found)
 
 
 def power(params: Params, results: Sequence[Result]) -> dict[str, Any]:
@@ -222,6 +274,32 @@ def setting_rows(comparison: dict[str, Any]) -> list[dict[str, Any]]:
         for strength, place in settings.items()
         if frontier["curves"]
     ]
+
+
+def target_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Of runs that learn from their own samples: their target as it was fitted, and how near it is.
+
+    `moments` are (feature, lambda, the target's, the policy's mean over the last steps).
+    """
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        fit = {
+            column.removeprefix("fit/"): values[0]
+            for column, values in result.curve.items()
+            if column.startswith("fit/") and values and not math.isnan(values[0])
+        }
+        if not fit:
+            continue
+        features = [key.removeprefix("lambda/") for key in fit if key.startswith("lambda/")]
+        late = {f: _late_mean(result.curve[f"moments/{f}"]) for f in features}
+        moments = [(f, fit[f"lambda/{f}"], fit[f"moment/{f}"], late[f]) for f in features]
+        rows.append({"run": result, "fit": fit, "moments": moments})
+    return rows
+
+
+def _late_mean(values: Sequence[float]) -> float:
+    late = [value for value in values[-LATE_STEPS:] if not math.isnan(value)]
+    return sum(late) / len(late)
 
 
 def agreements(params: Params, results: Sequence[Result]) -> list[dict[str, Any]]:

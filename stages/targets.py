@@ -115,9 +115,16 @@ class Target:
 
 
 def fitted_target(
-    written: Written, params: Params, prompts: dict[str, Column], where: str
+    written: Written, params: Params, prompts: dict[str, Column], where: str, *, is_trained_on: bool
 ) -> Target:
     """The target on the candidates of the training split, which are samples of the reference.
+
+    Args:
+        written: the target.
+        params: the experiment's.
+        prompts: all of them.
+        where: its place in params.yaml.
+        is_trained_on: whether the loss reads it; of RLOO and PPO it is what metrics compare with.
 
     Raises:
         ValueError: if a feature or a moment is out of the candidates' reach, or they are too few.
@@ -158,7 +165,8 @@ def fitted_target(
         report = Metrics({"fit/num_steps": fit.num_steps})
         report |= {f"fit/lambda/{name}": x for name, x in zip(names, lambdas.tolist(), strict=True)}
         report |= {f"fit/moment/{name}": x for name, x in zip(names, reached, strict=True)}
-    ebm.check_ess(target, where)
+    if is_trained_on:
+        ebm.check_ess(target, where)
     log_z = dict(
         zip(
             known,
@@ -174,6 +182,8 @@ def fitted_target(
         "fit/num_prompts": len(log_z),
         "fit/num_prompts_left_out": len(known) - len(log_z),
     }
+    if per_prompt:
+        report |= {"fit/ess_of_a_prompt": target.typical_group_ess}
     return Target(names, measures, lambdas, required, log_z, report)
 
 

@@ -92,10 +92,11 @@ def main() -> None:
             name,
             recipe=params.recipe,
             params={
+                **compute.model_dump(),
                 **run.optimiser.model_dump(),
                 **run.watch.model_dump(),
                 **run.written,
-                **compute.model_dump(),
+                "seed": run.seed,
             },
             datasets={path.stem: digest(path) for path in datasets},
         ) as journal,

@@ -66,7 +66,8 @@ def finished_pipeline(directory: Path) -> Path:
 
 def commands(directory: Path) -> list[str]:
     """Names and commands of the stages of dvc.yaml, in their order."""
-    said = run(directory, "-c", "from flows.graph import read_plan; print(*read_plan().order)")
+    read = "import pathlib; from flows.graph import read_plan; plan = read_plan(pathlib.Path())"
+    said = run(directory, "-c", f"{read}; print(*plan.order)")
     stages = yaml.safe_load((directory / "dvc.yaml").read_text())["stages"]
     found: list[str] = []
     for name in said.split():

@@ -46,6 +46,7 @@ SHARED = {"stages.params", "stages.artefacts", "stages.models", "stages.judges",
 WITHOUT_A_STAGE = {
     "stages.pretrain",
     "stages.tracking",
+    "stages.moments",
     "stages.claims",
     "stages.records",
     "stages.traces",

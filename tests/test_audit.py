@@ -710,12 +710,12 @@ def test_a_clone_that_pulled_audits_to_the_same_digest(
 @pytest.mark.parametrize(
     ("target", "last", "num_stages"),
     [
-        ("evaluate@dpo", "evaluate@dpo", 11),
-        (METRICS, "evaluate@dpo", 11),
-        (f"{DPO}/adapter_model.safetensors", "train@dpo", 7),
-        ("dpo", "evaluate@dpo", 11),
+        ("evaluate@dpo", "evaluate@dpo", 12),
+        (METRICS, "evaluate@dpo", 12),
+        (f"{DPO}/adapter_model.safetensors", "train@dpo", 8),
+        ("dpo", "evaluate@dpo", 12),
         ("label", "label", 5),
-        ("HEAD", "report", 19),
+        ("HEAD", "report", 20),
     ],
 )
 def test_a_target_is_walked_back_to_the_raw_data(
@@ -776,7 +776,7 @@ def test_the_command_says_where_an_mlflow_run_came_from(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "train@dpo: python -m stages.train dpo\n" in done.stdout
     assert "  param runs.dpo = " in done.stdout
-    assert "\n7 stages, " in done.stdout
+    assert "\n8 stages, " in done.stdout
 
 
 def test_the_impact_of_a_text_is_what_its_split_can_reach(project: Path) -> None:

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from conftest import PROJECT, byte_tokenizer, llama, write_jsonl
 from hostile import HOSTILE
+from typer.testing import CliRunner
 
+from flows.cli import app
 from prefopt.judging import length_slope, wilson
 from stages import exam
 from stages.artefacts import (
@@ -29,8 +31,10 @@ from stages.artefacts import (
     PAIRS_SCHEMA,
     PROMPTS,
     PROMPTS_SCHEMA,
+    card_of,
     write_table,
 )
+from stages.cards import expenses_of
 from stages.choice import Chooser, TooLong
 from stages.judges import Asked, Comparison, Judgement, check_judge, load_judge, together
 from stages.ledger import opened
@@ -423,6 +427,24 @@ def test_a_row_that_is_no_item_is_refused_with_its_number(workplace: Path) -> No
         list(exam.read_items("x.jsonl"))
 
 
+def test_labelled_items_are_read_from_the_hub_by_name_and_split(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace / "cache")
+    rows = [{"prompt": "p", "output_1": "a", "output_2": "b", "label": 2}]
+    other = [{"prompt": "q", "output_1": "c", "output_2": "d", "label": 1}]
+    Path("someone").mkdir()
+    write_jsonl(Path("someone/test.jsonl"), rows)
+    write_jsonl(Path("someone/train.jsonl"), other)
+    assert list(exam.read_items("hub:./someone")) == [exam.Item("p", "a", "b", False)]
+    assert list(exam.read_items("hub:./someone:train")) == [exam.Item("q", "c", "d", True)]
+    write_jsonl(Path("someone/test.jsonl"), [*rows, {"prompt": "p"}])
+    with pytest.raises(ValueError, match=r"hub:\./someone: row 2 is no item"):
+        list(exam.read_items("hub:./someone"))
+
+
 def test_a_local_judges_card_over_labelled_items(write_params: Write, folder: Path) -> None:
     local = {"kind": "local", "model": str(folder / "base"), "template": "short"}
     write_params(judges={"near": local})
@@ -430,7 +452,7 @@ def test_a_local_judges_card_over_labelled_items(write_params: Write, folder: Pa
     found = exam.examined(load_params(), "near", items, "items")
     assert sum(sum(counts.values()) for counts in found["confusion"].values()) == 4
     assert found["identity"]["model"].startswith("base@")
-    took = json.loads((exam.EXPENSES / "near.json").read_text())
+    took = json.loads(expenses_of("near").read_text())
     assert took["calls"] == 8
     judge = load_judge(load_params(), "near", "exam")
     assert isinstance(judge, Asked)
@@ -438,3 +460,37 @@ def test_a_local_judges_card_over_labelled_items(write_params: Write, folder: Pa
     assert again == found
     with opened(judge.respondent.identity) as book:
         assert book.calls == 8
+
+
+def test_the_command_prints_cards_with_what_the_exams_took(
+    write_params: Write, folder: Path, server: dict[str, str]
+) -> None:
+    priced = endpoint(server, cost={"input": 2.0, "output": 8.0, "max": 1.0})
+    write_params(judges={"far": priced}, **{"evaluation.judges": ["vader", "far", "textblob"]})
+    params = load_params()
+    items = [exam.Item("The movie", text, TEXTS[n - 1], n % 2 == 0) for n, text in enumerate(TEXTS)]
+    card_of("far").parent.mkdir(parents=True)
+    for judge in ("far", "textblob"):
+        found = exam.examined(params, judge, items, "items.csv")
+        card_of(judge).write_text(exam.as_json(found))
+    took = json.loads(expenses_of("far").read_text())
+    said = CliRunner().invoke(app, ["judges"]).stdout
+    estimates, cards = said.split("\n\n")
+    assert [line.split(":")[0] for line in estimates.splitlines()] == ["vader", "far", "textblob"]
+    far, findings, cost, *textblob = cards.splitlines()
+    assert far == "far, examined on 4 items of items.csv:"
+    for part in ("agreement 0.", "flips ", "first position ", "length slope ", "no verdict 0.0%"):
+        assert part in findings
+    assert f"median {took['seconds_a_call']['median']:.3g} s a verdict" in cost
+    assert cost.endswith(f"; 8 calls, {took['cost']:.4f} paid")
+    assert took["cost"] > 0
+    assert "flips none; first position none" in textblob[1]
+    assert textblob[2].endswith(" s an item")
+    expenses_of("textblob").unlink()
+    assert "because the exam ran elsewhere" in CliRunner().invoke(app, ["judges"]).stdout
+
+
+def test_without_exams_the_command_prints_no_cards(write_params: Write) -> None:
+    write_params()
+    said = CliRunner().invoke(app, ["judges"]).stdout
+    assert said == "vader: a reward, costs no calls\ntextblob: a reward, costs no calls\n"

@@ -47,7 +47,7 @@ from stages.rewards import Text, load_reward
 from stages.runs import check_runs
 from stages.templates import Template, Templates, write_templates
 
-K = 8
+K = 16
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 8, 3, 5
 WORDS = [" good", " bad", " fine", " awful", " great", " dull", " nice", " film", " plot", " poor"]
 
@@ -179,7 +179,7 @@ def test_a_list_training_that_was_killed_resumes_to_the_same_bits(
     assert outputs() == straight
 
 
-@pytest.mark.parametrize("num_ranked", [2, K])
+@pytest.mark.parametrize("num_ranked", [2, 8, K])
 def test_a_list_of_k_computes_its_prompt_once(
     trained: Train, monkeypatch: pytest.MonkeyPatch, num_ranked: int
 ) -> None:

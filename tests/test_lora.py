@@ -98,6 +98,23 @@ def test_packed_rows_of_an_adapted_policy_score_as_single_unpadded_ones(
         assert relative_error(slopes[name], slope) < 1e-6, name
 
 
+def test_packed_rows_of_an_adapted_policy_err_in_float32_by_rounding_alone(
+    adapted: Twins,
+) -> None:
+    rows = shuffled_rows(4)
+    single = adapted.float()
+    assert packs(single.ours)
+    found = token_logps(single.ours, rows)
+    expected = [plainly(single.plain, row) for row in rows]
+    assert found[0].dtype == torch.float32
+    assert relative_error(torch.cat(found), torch.cat(expected)) < 1e-5
+    slopes, wanted = (
+        torch.cat([slope.flatten() for slope in adapter_gradients(model, logps).values()])
+        for model, logps in ((single.ours, found), (single.plain, expected))
+    )
+    assert relative_error(slopes, wanted) < 1e-5
+
+
 def adapter_gradients(model: torch.nn.Module, logps: Any) -> dict[str, torch.Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained

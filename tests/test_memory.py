@@ -2,11 +2,16 @@
 
 import json
 import sys
+import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.memory import RESULT, measure, peak_of
 from benchmarks.report import README, memory_table
+from stages.artefacts import LOGRATIOS_SCHEMA, logratios_of, read_table, write_table
+from stages.evaluate import arrays_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -19,6 +24,33 @@ def test_peak_memory_is_that_of_a_twentieth_of_the_rows() -> None:
     for stage in ("prepare", "train"):
         assert many[stage].bytes < 1.1 * few[stage].bytes, stage
     assert many["label"].bytes < few["prepare"].bytes / 2
+
+
+def test_an_evaluation_makes_no_python_number_of_a_log_ratio(workplace: Path) -> None:
+    pairs = 3 * 8192 + 1
+    draw = np.random.default_rng(0)
+    drawn = {
+        name: draw.integers(1, 99, pairs) if "tokens" in name else draw.normal(-9, 5, pairs)
+        for name in LOGRATIOS_SCHEMA.names
+    }
+    columns = {
+        name: drawn[name].astype(LOGRATIOS_SCHEMA.field(name).type.to_pandas_dtype())
+        for name in drawn
+    }
+    logratios_of("dpo").parent.mkdir(parents=True)
+    write_table(logratios_of("dpo"), columns, LOGRATIOS_SCHEMA)
+    tracemalloc.start()
+    try:
+        found = arrays_of("dpo")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    for name, values in read_table(logratios_of("dpo"), LOGRATIOS_SCHEMA).items():
+        expected = np.array(values)
+        assert found[name].dtype == expected.dtype
+        assert np.array_equal(found[name], expected)
+    # 24 bytes as they are stored, 48 in 64 bits; of lists beside those it was 192.
+    assert peak / pairs < 90
 
 
 def test_what_a_program_holds_is_seen_and_what_it_maps_is_not() -> None:

@@ -38,6 +38,7 @@ from stages.artefacts import (
     write_table,
 )
 from stages.models import load_policy, load_tokenizer
+from stages.moments import measured
 from stages.params import load_params
 from stages.runs import bind, check_runs
 
@@ -53,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss": "f_dpg",
         "divergence": "0.5*log(t)**2",
         "target": {"reward": "length", "beta": 4.0},
+        "refresh": 2,
     },
     "gdc": {
         "loss": "f_dpg",
@@ -141,7 +143,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_was_killed(
     assert len(curve) == 4
     assert digest(model_of("x") / "model.safetensors") != digest(SFT / "model.safetensors")
     metrics = ["samples/kl", "samples/entropy", "samples/self_bleu", "samples/distinct_2"]
-    metrics += ["samples/ess", "target/kl_p_pi", "target/kl_pi_p", "target/tv", "target/js"]
+    metrics += ["samples/ess_share", "target/kl_p_pi", "target/kl_pi_p", "target/tv", "target/js"]
     metrics += ["moments/short", "moments/letter"] if name == "gdc" else ["samples/reward"]
     for metric in metrics:
         assert all(math.isfinite(float(row[metric])) for row in curve), metric
@@ -170,7 +172,8 @@ def test_a_run_ends_with_the_same_bits_wherever_it_was_killed(
     )
     trained(RUNS[name])
     assert outputs() == whole
-    assert rounds == [3]
+    # That of the third step is drawn already.
+    assert rounds == [first for first in range(0, 4, RUNS[name].get("refresh", 1)) if first > 2]
 
 
 def test_sigterm_in_a_round_of_several_steps_resumes_to_the_same_bits(
@@ -220,6 +223,21 @@ def test_samples_are_the_policys_own_and_moments_fit_on_the_candidates(
     assert float(curve[0]["fit/moment/short"]) == pytest.approx(0.35, abs=1e-5)
     assert float(curve[0]["fit/moment/letter"]) == pytest.approx(1, abs=1e-12)
     assert float(curve[0]["fit/kl"]) > 0
+
+
+def test_fresh_samples_say_where_the_policy_is_and_where_it_should_be(trained: Train) -> None:
+    trained(RUNS["gdc"], **{"train.learning_rate": 1e-9, "watch.every": None})
+    found = measured(load_params(), "x", 500)
+    assert found["samples"] == 504  # as many of each of the prompts
+    # The policy is still the reference, of which a policy that was trained is not far.
+    assert found["kl_to_reference"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert found["target"]["moment/short"] == pytest.approx(0.35, abs=1e-5)
+    still = found["policy"]["letter"]
+    assert 0 < still["standard_error"] < 0.1
+    trained(RUNS["gdc"], **{"train.learning_rate": 0.02, "watch.every": None})
+    moved = measured(load_params(), "x", 500)
+    assert moved["kl_to_reference"]["mean"] > 5 * moved["kl_to_reference"]["standard_error"]
+    assert moved["policy"]["letter"]["mean"] > still["mean"] + 3 * still["standard_error"]
 
 
 @pytest.mark.parametrize(

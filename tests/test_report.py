@@ -51,8 +51,9 @@ from stages.artefacts import (
 from stages.figures import LEAST_WATCHED
 from stages.params import Params, load_params
 from stages.remedies import READS, YOURS, advice
-from stages.results import Result
+from stages.results import Result, load_comparison, load_reference, load_results
 from stages.rewards import Text, load_reward
+from stages.tables import EN_DASH, certainty_rows, result_columns
 
 EOS = 1
 NUM_TEST, NUM_SHIFTED = 30, 20
@@ -70,10 +71,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "ipo": {"loss": "ipo", "tau": 0.1},
     "ipo_weak": {"loss": "ipo", "tau": 0.5},
     "squared": {"loss": "f_dpo", "beta": 0.1, "divergence": "squared_log"},
+    "picked": {"best_of": 4},
 }
 # How often a policy praises, and how far its log-ratios moved.
-QUALITY = {"sft": 0.5, "dpo": 0.95, "ipo": 0.6, "ipo_weak": 0.5, "squared": 0.55}
-MOVED = {"dpo": -4.0, "ipo": 0.5, "ipo_weak": 0.1, "squared": 0.2}
+QUALITY = {"sft": 0.5, "dpo": 0.85, "ipo": 0.6, "ipo_weak": 0.5, "squared": 0.4, "picked": 1.0}
+MOVED = {"dpo": -4.0, "ipo": 0.5, "ipo_weak": 0.1, "squared": 0.2, "picked": 0.0}
 
 
 def build(runs: dict[str, dict[str, Any]], *, rounds: int, rich: bool) -> None:
@@ -146,7 +148,7 @@ def write_samples(name: str, rounds: int, num_shifted: int) -> None:
                 text = f"{HOSTILE[prompt - 2]} {text}"
             tokens = tokens_of(text)
             logp = -3.0 * len(tokens) + source.random()
-            moved = 0.0 if name == "sft" else source.random()
+            moved = source.random() if MOVED.get(name) else 0.0
             row = [prompt, revision, prompt, 1.0, text, tokens, logp, logp - moved]
             for field, value in zip(SAMPLES_SCHEMA.names, row, strict=True):
                 columns[field].append(value)
@@ -216,12 +218,16 @@ def write_words(name: str) -> None:
     write_table(judgements_of(name), table, WITH_WORDS)
 
 
-def write_card(judge: str) -> None:
+CONFUSION = {"first": {"first": 15, "second": 5}, "second": {"second": 15, "tie": 5}}
+
+
+def write_card(judge: str, confusion: dict[str, dict[str, int]] = CONFUSION) -> None:
     proportion = {"value": 0.75, "low": 0.6, "high": 0.86}
     card = {
         "judge": judge,
+        "exam": {"source": "pairs"},
         "num_items": 40,
-        "confusion": {"first": {"first": 15, "second": 5}, "second": {"second": 15, "tie": 5}},
+        "confusion": confusion,
         "agreement": proportion,
         "flip_rate": proportion,
         "first_position": None,
@@ -332,6 +338,7 @@ def test_what_is_there_only_at_times_is_shown_when_it_is_there(page: str) -> Non
         "rings are validation pairs",
         "textblob: verdicts by label",
         "verdicts are missing: the bounds",
+        "in its place, if it errs here as it erred there",
         "unparsed, against SFT",
         "learned: 70 pairs, confidence 0.55, came true 0.60, 95% interval 0.50 to 0.70",
         "labels prefer the longer",
@@ -357,6 +364,8 @@ def test_a_plain_comparison_has_no_trace_of_what_is_not_there(
         "Run against run",
         "validation pairs",
         "by label",
+        "errs here",
+        "cannot be called best",
         "reliability",
     ):
         assert absent not in page
@@ -370,6 +379,7 @@ def test_settings_of_one_objective_are_one_frontier_and_others_are_points(rich: 
         "dpo": ["beta 0.1"],
         "ipo": ["tau 0.1", "tau 0.5"],
         "f_dpo, divergence squared_log": ["beta 0.1"],
+        "best_of": ["best_of 4"],
     }
     assert (list(found["curves"]), found["pairs"]) == (["ipo"], [])
     with contextlib.chdir(rich):
@@ -397,6 +407,31 @@ def test_settings_of_one_objective_are_one_frontier_and_others_are_points(rich: 
     assert float(looks[0]["kl"]) == 0.5
 
 
+def test_best_of_n_is_a_curve_over_n_at_the_most_kl_that_it_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    best = {f"best_of_{n}": {"best_of": n} for n in (4, 2)}
+    for name in best:
+        monkeypatch.setitem(QUALITY, name, QUALITY["picked"])
+        monkeypatch.setitem(MOVED, name, MOVED["picked"])
+    build({"dpo": RUNS["dpo"]} | best, rounds=0, rich=False)
+    found = json.loads(COMPARISON.read_text())["frontier"]
+    assert list(found["places"]["best_of"]) == ["best_of 2", "best_of 4"]
+    assert list(found["curves"]) == ["best_of"]
+    for words, place in found["places"]["best_of"].items():
+        metrics = json.loads(metrics_of(words.replace(" ", "_")).read_text())
+        assert place["kl_is_bound"] is metrics["kl_is_bound"] is True
+        assert place["kl"]["value"] == metrics["kl"] > 0
+    assert not found["places"]["dpo"]["beta 0.1"]["kl_is_bound"]
+    drawn = (REPORT / "figures/reward_kl.svg").read_text()
+    assert f"KL at most {metrics_of_best(4):.2f} nats" in drawn
+
+
+def metrics_of_best(n: int) -> float:
+    return json.loads(metrics_of(f"best_of_{n}").read_text())["kl"]
+
+
 def test_measures_are_drawn_of_the_runs_that_have_them(rich: Path, page: str) -> None:
     figure = (rich / REPORT / "figures" / "measures.svg").read_text()
     told = re.findall("<title>(.*?)</title>", figure)
@@ -412,11 +447,78 @@ def test_the_first_sentence_claims_what_the_paired_comparisons_show(rich: Path, 
     verdict = {(pair["first"], pair["second"]): pair["verdict"] for pair in pairs}
     assert verdict["dpo", "squared"] == "dpo beats squared"
     assert verdict["ipo", "squared"] == "no significant difference"
-    text = re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page))
-    assert "dpo has the best win rate over SFT by the gold reward" in text
+    text = words_of(page)
+    assert "dpo has the best win rate of the trained runs over SFT by the gold reward" in text
     equal = [other for other in ("ipo", "squared") if verdict["dpo", other] != f"dpo beats {other}"]
     claims = "there is no significant difference" in text
     assert claims == bool(equal)
+
+
+def words_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page))
+
+
+def test_best_of_n_is_never_called_best_though_it_wins_most(rich: Path, page: str) -> None:
+    with inside(rich):
+        params = load_params()
+        results, comparison = load_results(params), load_comparison()
+        told = report.lead(params, results, comparison)
+        (column, *_) = result_columns(params, results, load_reference(params, results[0]))
+    rates = dict(zip(RUNS, column.cells[1:], strict=True))
+    assert rates["picked"].value == max(cell.value or 0 for cell in rates.values())
+    assert rates["picked"].value > (rates["dpo"].value or 0)
+    assert [name for name, cell in rates.items() if cell.best] == ["dpo"]
+    assert told
+    assert told["best"].name == "dpo"
+    others = [other for key in ("beaten", "equals", "better") for other in told[key]]
+    assert sorted(others) == ["ipo", "ipo_weak", "squared"]
+    assert "picked cannot be called best: best-of-N shows the completion" in words_of(page)
+    picked = [result for result in results if result.name == "picked"]
+    assert report.lead(params, picked, comparison) is None
+
+
+def rows_of_dpo() -> dict[str, dict[str, Any]]:
+    """Judge -> how sure its win rate of dpo over SFT is, vader having TextBlob's card too."""
+    params = load_params()
+    card = json.loads(card_of("textblob").read_text())
+    rows = certainty_rows(params, load_results(params), {"vader": card, "textblob": card})
+    return {
+        row["judge"]: row for row in rows if (row["run"].name, row["opponent"]) == ("dpo", "SFT")
+    }
+
+
+def test_win_rates_stand_beside_what_their_judges_exam_leaves_of_them(
+    rich: Path, page: str
+) -> None:
+    with inside(rich):
+        found = rows_of_dpo()
+    gold, row = found["vader"], found["textblob"]
+    assert (gold["card"], gold["corrected"]) == (None, None)
+    # Points when a text was better and when it was worse, each with a win and a loss more.
+    better, worse = (15 + 1) / (20 + 2), (5 / 2 + 1) / (20 + 2)
+    value = (row["rate"]["value"] - worse) / (better - worse)
+    assert row["corrected"]["value"] == pytest.approx(min(value, 1.0))
+    assert row["corrected"]["low"] < row["rate"]["low"]
+    low, high = row["corrected"]["low"], row["corrected"]["high"]
+    assert row["holds_gold"] == (low <= gold["rate"]["value"] <= high)
+    assert f"{row['corrected']['value']:.3f}<small>{low:.3f}{EN_DASH}{high:.3f}</small>" in page
+    assert '<th scope="col">corrected</th>' in page
+    assert f"Of {2 * len(RUNS)} corrected intervals" in words_of(page)
+
+
+def test_a_judge_that_guesses_corrects_nothing_and_the_page_says_why(
+    rich: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(rich, tmp_path, dirs_exist_ok=True)
+    with inside(tmp_path):
+        write_card("textblob", {"first": {"tie": 20}, "second": {"tie": 15, "unparsed": 5}})
+        row = rows_of_dpo()["textblob"]
+        program(report)
+        text = words_of((REPORT / "index.html").read_text())
+    assert (list(row["corrected"]), row["holds_gold"]) == (["refused"], None)
+    reason = "textblob stands uncorrected; exam: does not show that the judge is better than chance"
+    assert text.count(reason) == 1
+    assert "corrected intervals" not in text
 
 
 def test_the_headline_is_of_first_completions_and_revisions_have_estimates_of_their_own(
@@ -478,6 +580,7 @@ def test_a_run_of_several_seeds_is_compared_as_its_family(
         result.metrics["win_rate"] = {"sft": {"vader": {"value": value}}}
     pair = {"first": first, "second": second, "verdict": verdict}
     told = report.lead(params, results, {"win_rate": {"sft": {"vader": [pair]}}})
+    assert told
     assert told["best"].name == "best"
     found = {name: told[name] for name in ("beaten", "equals", "better") if told[name]}
     assert found == ({place: ["other"]} if place else {})

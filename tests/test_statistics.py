@@ -9,7 +9,17 @@ from conftest import PROJECT
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from benchmarks.coverage import CLAIMED, DESIGNS, PAGE, RESULTS, TOLERATED, measure, outside, page
+from benchmarks.coverage import (
+    CLAIMED,
+    DESIGNS,
+    PAGE,
+    RESULTS,
+    TOLERATED,
+    TOLERATED_OVER,
+    measure,
+    outside,
+    page,
+)
 from prefopt.statistics.comparison import compare, sign_flip
 from prefopt.statistics.correction import corrected_win_rate
 from prefopt.statistics.intervals import Estimate, cells, points, squared_half_width, win_rate
@@ -118,6 +128,24 @@ def test_the_committed_coverage_is_within_what_is_tolerated_and_its_page_is_gene
     assert results["simulations"] >= 2000
     assert outside(results) == []
     assert PAGE.read_text() == page(results)
+
+
+@pytest.mark.parametrize(("truths", "most"), [([0.6], TOLERATED), ([0.95, 0.97], TOLERATED_OVER)])
+def test_a_win_rate_and_a_difference_may_not_cover_less_or_much_more_than_they_claim(
+    truths: list[float], most: float
+) -> None:
+    within = [CLAIMED - TOLERATED, CLAIMED, CLAIMED + most]
+    beyond = [CLAIMED - TOLERATED - 1e-4, CLAIMED + most + 1e-4]
+    cells = [{"truths": truths, "coverage": coverage} for coverage in [*within, *beyond]]
+    assert [cell["coverage"] for cell in outside({"cells": cells})] == beyond
+
+
+def test_the_page_names_the_differences_that_cover_more_than_a_win_rate_may() -> None:
+    results = json.loads((PROJECT / RESULTS).read_text())
+    said = page(results)
+    assert "Of 64 differences 2 cover more than 0.97: 0.95 against 0.97 on 50 prompts" in said
+    narrower = [cell | {"coverage": min(cell["coverage"], 0.97)} for cell in results["cells"]]
+    assert "cover more than" not in page(results | {"cells": narrower})
 
 
 # Comparison

@@ -4,6 +4,8 @@ import copy
 import functools
 import math
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from transformers import PreTrainedModel
 from prefopt.batches import Pairs, Scored
 from prefopt.checkpoints import Metrics
 from prefopt.divergences import DIVERGENCES
+from prefopt.loop import Optimisation, fit
 from prefopt.losses import LOSSES
 from prefopt.losses.formulas import value as formula
 from prefopt.packing import Row, Steps
 from prefopt.proofs import Case, batch_of, cases
 from prefopt.scoring import batches, token_logps
-from stages import label, offline, params, train
+from stages import label, offline, params, train, training
 from stages.artefacts import (
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
@@ -283,6 +286,24 @@ def test_a_loss_that_is_not_a_number_is_refused_at_step_0() -> None:
     losses = torch.tensor([math.log(2), math.nan])
     with pytest.raises(ValueError, match=r"step 0: 'dpo' must be log\(2\) = 0\.693147"):
         offline.check_step_0(batch_of("Pairs"), losses, run_of(dpo), torch.float32)
+
+
+def test_rows_of_a_step_that_diverges_are_named(real: tuple[Evidence, Models]) -> None:
+    """Weights as large as float32 holds: the first step is whole, the second one is not."""
+    evidence, models = real
+    (dpo,) = (case for case in TRAINED if case.loss.name == "dpo")
+    run = run_of(dpo)
+    run = replace(run, optimiser=run.optimiser.model_copy(update={"batch_size": 2}))
+    course = offline.course(models, evidence, run, token_budget=10_000)
+    message = f"step 1: loss nan, .*; it was of rows {re.escape(str(course.steps[1]))} of {PAIRS}"
+    with pytest.raises(ValueError, match=message), training.naming_the_rows_of(course):
+        fit(
+            models.policy,
+            lambda step: course.share(step, [course.steps[step]]),
+            len(course.steps),
+            Optimisation(learning_rate=1e38, warmup=0.0),
+            log=lambda _: None,
+        )
 
 
 def test_shared_pairs_are_cut_to_the_shorter_side(real: tuple[Evidence, Models]) -> None:

@@ -127,6 +127,20 @@ def test_a_target_on_too_few_effective_samples_is_refused() -> None:
         ebm.normalised(scores - math.inf, torch.zeros(100, dtype=torch.long))
 
 
+def test_many_prompts_do_not_make_up_for_few_samples_of_each() -> None:
+    # Of 50 prompts' four samples one has all the weight: 50 effective ones, one a prompt.
+    groups = torch.arange(50).repeat_interleave(4)
+    target = ebm.normalised(double([0.0, 0.0, 0.0, 20.0] * 50), groups)
+    assert target.ess == pytest.approx(50, rel=1e-3)
+    torch.testing.assert_close(target.group_ess, torch.ones(50).double(), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"x: .* got a median of 1 effective ones of 4, .*log_z"):
+        ebm.check_ess(target, "x")
+    ebm.check_ess(ebm.normalised(double([0.0] * 200), groups), "x")
+    # A prompt that is allowed nothing has no say.
+    scores = double([-math.inf] * 4 + [0.0] * 196)
+    assert ebm.normalised(scores, groups).typical_group_ess == pytest.approx(4)
+
+
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("q", [[1 / 8] * 8, [0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]])
 def test_fg_8_estimators_of_an_enumeration_are_exact_for_any_proposal(
