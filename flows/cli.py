@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def deploy(
 
 @app.command()
 def worker(
-    pool: Annotated[str, typer.Argument(help="whose stages: cpu, gpu or api", metavar="POOL")],
+    pool: Annotated[str, typer.Argument(help="cpu, gpu, api, or retrain", metavar="POOL")],
     clone: Annotated[Path, typer.Option(help="where it works; made if it is not there")],
     at_once: Annotated[int, typer.Option(min=1, help="stages at the same time")] = 1,
 ) -> None:
@@ -255,6 +256,35 @@ def notify() -> None:
     from flows.notify import notify
 
     typer.echo(_or_exit(notify))
+
+
+@app.command()
+def retrain(
+    revision: Annotated[str, typer.Option(help="whose code and parameters")] = "HEAD",
+    branch: Annotated[str, typer.Option(help="where rounds are kept")] = "retrain",
+    concurrency: Annotated[int, typer.Option(min=1, help="stages at once")] = 2,
+) -> None:
+    """Train on the data of `retrain.source`, and promote what beats the champion: 0; else 1."""
+    from flows.server import connected
+
+    # A plain SIGTERM would skip the ends of the `with` blocks.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with connected():
+        # Here, because Prefect reads its settings when it is imported.
+        from flows.retrain import retrain
+
+        state = retrain(".", revision, branch, concurrency, return_state=True)
+    typer.echo(state.message)
+    sys.exit(0 if state.name in ("Completed", "Skipped", "CaughtUp") else 1)
+
+
+@app.command()
+def rollback() -> None:
+    """Make the previous champion of MLflow's registry the champion again."""
+    from flows.programs import ask
+
+    held = _or_exit(lambda: ask(Path(), "registry", "rollback"))
+    typer.echo(f"champion of {held['name']}: version {held['champion']['version']}")
 
 
 @app.command()

@@ -13,9 +13,10 @@ from flows.clones import CLONE
 from flows.server import PATIENT, QUIET, own_server
 from flows.supervise import Supervisor
 
-POOLS = ("cpu", "gpu", "api")
+POOLS = ("cpu", "gpu", "api", "retrain")
 PROJECT = Path(__file__).parents[1]
 HOME = Path(".prefopt/cluster")
+ROOT = "PREFOPT_ROOT"  # of prefect.yaml: the repository that is retrained
 RESTART_SECONDS = 5.0
 
 
@@ -48,7 +49,7 @@ def deploy(api_at_once: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
         cwd=PROJECT,
-        env=os.environ | QUIET,
+        env=os.environ | QUIET | {ROOT: str(Path.cwd())},
         capture_output=True,
         text=True,
         check=False,

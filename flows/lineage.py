@@ -13,6 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 from flows import git
+from flows.objects import Objects, folder_digest
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -228,19 +229,34 @@ def _snapshot(repo: "Repo") -> Snapshot:
         outputs |= made
         inputs |= named
     made = Lineage({"": Stage("", "", {}, {}, dict.fromkeys(outputs, ""))})
+    tracked = {
+        path: entry.hash_info.value for path, entry in inputs.items() if entry.stage.is_data_source
+    }
+    objects = Objects(repo, deep=False)
     sources = {
         path: found
         for path, entry in inputs.items()
-        if not made.makers_of(path) and (found := _source_digest(entry))
+        if not made.makers_of(path)
+        and (found := tracked.get(path) or _source_digest(path, entry, tracked, objects))
     }
     return Snapshot(plans, sources)
 
 
-def _source_digest(entry: Any) -> str | None:
-    """Of a file of the tree its bytes' digest; of data that a .dvc file tracks, the recorded."""
-    if entry.stage.is_data_source:
-        return entry.hash_info.value
-    return entry.get_hash().value if entry.exists else None
+def _source_digest(
+    path: str, entry: Any, tracked: Mapping[str, str], objects: Objects
+) -> str | None:
+    """Of a file or folder of the tree its bytes' digest; what .dvc files track in it counts too."""
+    inside = {name: digest for name, digest in tracked.items() if name.startswith(f"{path}/")}
+    if not inside:
+        return entry.get_hash().value if entry.exists else None
+    _, files = objects.at(path)
+    for name, digest in inside.items():
+        listed = objects.listed(digest)
+        if listed is None:
+            return None  # The cache lacks the list of a folder.
+        where = name.removeprefix(f"{path}/")
+        files |= {f"{where}/{each}".rstrip("/"): found for each, found in listed.items()}
+    return folder_digest(files)
 
 
 def _path(repo: "Repo", entry: Any) -> str:

@@ -73,7 +73,12 @@ class Replayer:
         """
         stage = self._lineage.stages[name]
         self._clear()
-        for path, digest in stage.inputs.items():
+        inside = {  # What .dvc files track inside of folders that git tracks.
+            path: digest
+            for path, digest in self._committed.sources.items()
+            if any(path.startswith(f"{folder}/") for folder in stage.inputs)
+        }
+        for path, digest in {**stage.inputs, **inside}.items():
             if self._lineage.makers_of(path) or not (self._directory / path).exists():
                 self._place(path, digest)
         with held_back(self._directory / WORK):

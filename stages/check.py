@@ -6,7 +6,8 @@ Its output never changes, so passing it again re-runs nothing; failing it stops 
 from pathlib import Path
 
 from stages import models, sampling
-from stages.artefacts import CHECKED, program, stage
+from stages.artefacts import CHECKED, SFT, program, stage
+from stages.existing import existing_policy
 from stages.judges import check_judge
 from stages.params import Params, load_params
 from stages.reward_models import check_base
@@ -20,6 +21,9 @@ def main() -> None:
     sampling.check(params.compute)
     models.check(params.base)
     models.check_trainable(params.base, [params.sft, *(run.optimiser for run in runs)])
+    there = {*(existing_policy(params, name) for name in params.runs), *(run.start for run in runs)}
+    for model in there - {None, str(SFT)}:
+        models.check(str(model))
     for name in params.rewards:
         check_reward(params, name)
     for name in params.reward_models:

@@ -95,7 +95,7 @@ def objective(
     for cut in cuts:
         batch = evidence.batch(kind, cut, pairs, pair)
         losses = run.loss.function(batch, **run.hyperparameters)
-        if step == 0:
+        if step == 0 and run.start is None:
             check_step_0(batch, losses.detach(), run, pair.compute_dtype)
         # An unpaired loss has two examples a pair.
         loss = losses.sum() / (len(pairs) * (len(losses) // len(cut)))

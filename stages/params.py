@@ -66,6 +66,7 @@ class Data(Strict):
     num_train: Count | None
     num_validation: Count
     num_test: Count
+    split_by: Literal["shuffle", "digest"]
     chat: bool
     shifted: str
     num_shifted: Annotated[StrictInt, Field(ge=0)]
@@ -119,6 +120,10 @@ class Optimiser(Descent):
                 "lora; set top_layers to 0, or lora to null"
             )
         return self
+
+
+class Sft(Optimiser):
+    num_epochs: Annotated[StrictInt, Field(ge=0)]
 
 
 class Sample(Strict):
@@ -284,6 +289,12 @@ class BestOf(Strict):
     seed: Annotated[StrictInt, Field(ge=0)] | None = None
 
 
+class ExistingPolicy(Strict):
+    """A row of `runs` that trains nothing: a model that is there, in data/models, or SFT's."""
+
+    model: Annotated[str, Field(pattern=r"^(data/models/[\w.-]+|artefacts/models/sft)$")]
+
+
 class Cost(Strict):
     """Prices of a million tokens, and the most that a judge may cost in all, in one currency."""
 
@@ -347,12 +358,41 @@ class Evaluation(Strict):
     num_resamples: Count
 
 
+class Drift(Strict):
+    """How far new data may be from the last accepted ones; `stages.drift` says what is measured."""
+
+    min_growth: Annotated[float, Field(ge=0)]
+    max_growth: Positive
+    max_length_change: Annotated[float, Field(ge=0)]
+    max_duplicates: Annotated[float, Field(ge=0, le=1)]
+    max_contradicted: Annotated[float, Field(ge=0, le=1)]
+
+
+class Gate(Strict):
+    """What a challenger must be to become the champion; `stages.gate` says how it is measured."""
+
+    judge: Name
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    max_kl: Positive
+    max_length: Positive
+    max_displacement: Annotated[float, Field(ge=0, le=1)]
+    min_agreement: Annotated[float, Field(ge=0, le=1)]
+
+
+class Retrain(Strict):
+    source: str | None
+    run: Name
+    warm_start: StrictBool
+    drift: Drift
+    gate: Gate
+
+
 class Params(Strict):
     recipe: Name
     base: str
     compute: Compute
     data: Data
-    sft: Optimiser
+    sft: Sft
     sample: Sample
     label: Label
     revision: Revision
@@ -364,6 +404,7 @@ class Params(Strict):
     judges: dict[Name, dict[str, Any]]
     exam: Exam
     evaluation: Evaluation
+    retrain: Retrain
 
     @property
     def known_rewards(self) -> list[str]:

@@ -65,7 +65,10 @@ def main() -> None:
         sizes = split_sizes(num_rows - num_shifted, num_shifted, data)
         generator = random.Random(params.compute.seed)
         order = array.array("q", range(num_rows - num_shifted))
-        generator.shuffle(order)
+        if data.split_by == "shuffle":
+            generator.shuffle(order)
+        else:
+            order = in_lasting_order(order, texts["prompt"], params.compute.seed)
         shifted = array.array("q", range(num_rows - num_shifted, num_rows))
         generator.shuffle(shifted)
         order = order[-(sum(sizes.values()) - data.num_shifted) :] + shifted[: data.num_shifted]
@@ -162,6 +165,21 @@ def first_of_each_prompt(texts: Iterable[Text]) -> Iterator[Text]:
             digest = hashlib.blake2b(text.prompt.casefold().encode(), digest_size=16).digest()
             if seen.execute("INSERT OR IGNORE INTO prompts VALUES (?)", (digest,)).rowcount:
                 yield text
+
+
+def in_lasting_order(rows: Iterable[int], prompts: Column, seed: int) -> "array.array[int]":
+    """Rows in an order that is random and does not depend on which other rows there are.
+
+    The splits are pieces of this order, training first. More rows move the others towards its
+    beginning alone, so that what was trained on is never evaluated on later.
+    """
+
+    def place(row: int) -> bytes:
+        return hashlib.blake2b(
+            prompts[row].casefold().encode(), digest_size=16, key=str(seed).encode()
+        ).digest()
+
+    return array.array("q", sorted(rows, key=place))
 
 
 def spooled_texts(texts: Iterable[Text]) -> dict[str, Column]:

@@ -27,16 +27,17 @@ def apply_recipe(name: str) -> None:
         ["git", "show", f"HEAD:./{PARAMS}"], capture_output=True, text=True, check=False
     )
     original = committed.stdout if committed.returncode == 0 else PARAMS.read_text()
-    ours = {original, *(_overlaid(original, path.read_text()) for path in recipes.values())}
+    ours = {original, *(overlaid(original, path.read_text()) for path in recipes.values())}
     if PARAMS.read_text() not in ours:
         raise ValueError(
             f"{PARAMS}: has edits of yours that recipe '{name}' would overwrite, got a file that "
             "is neither committed nor a recipe's; commit it, or `git checkout params.yaml`"
         )
-    PARAMS.write_text(_overlaid(original, recipes[name].read_text()))
+    PARAMS.write_text(overlaid(original, recipes[name].read_text()))
 
 
-def _overlaid(original: str, recipe: str) -> str:
+def overlaid(original: str, recipe: str) -> str:
+    """A params.yaml with a recipe laid over it, both as texts; comments are kept."""
     from ruamel.yaml import YAML
 
     editor = YAML()

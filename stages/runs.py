@@ -16,6 +16,7 @@ from prefopt.losses import LOSSES, Loss
 from prefopt.losses.formulas import hyperparameters_of
 from prefopt.psi import Psi, psi
 from stages.best_of import best_of
+from stages.existing import existing_policy
 from stages.params import Count, Optimiser, Params, Several, Strict, Watching, checked, did_you_mean
 from stages.targets import Tilt, Written, read_target
 
@@ -45,6 +46,7 @@ class Options(Strict):
 
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     seed: Annotated[StrictInt, Field(ge=0)] | None = None
+    start: Annotated[str, Field(pattern=r"^data/models/[\w.-]+$")] | None = None
 
 
 class Sampled(Strict):
@@ -93,6 +95,7 @@ class Run:
         watch: the `watch` section with this run's overrides.
         written: all as the person wrote it, for tracking.
         draws: of a run on the policy's own samples.
+        start: the model whose weights the policy begins with; None begins with the reference.
     """
 
     loss: Loss
@@ -103,6 +106,7 @@ class Run:
     watch: Watching
     written: dict[str, Any]
     draws: Draws | None = None
+    start: str | None = None
 
 
 def bind(params: Params, name: str) -> Run:
@@ -140,6 +144,7 @@ def bind(params: Params, name: str) -> Run:
         watch=checked(Watching, {**params.watch.model_dump(), **watched}, where),
         written=dict(params.runs[name]),
         draws=_draws(loss, model, sampled, params, where),
+        start=said.start,
     )
     _check_evidence(run, params, where)
     _check_watch(run.watch, params, where)
@@ -149,8 +154,8 @@ def bind(params: Params, name: str) -> Run:
 def _loss(name: Any, where: str) -> Loss:
     if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(
-            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}, or best_of in "
-            "the place of a loss" + did_you_mean(str(name), LOSSES)
+            f"{where}.loss: no such loss, got {name!r}; known: {', '.join(LOSSES)}, or model or "
+            "best_of in the place of a loss" + did_you_mean(str(name), LOSSES)
         )
     return LOSSES[name]
 
@@ -158,6 +163,11 @@ def _loss(name: Any, where: str) -> Loss:
 def _check_evidence(run: Run, params: Params, where: str) -> None:
     """Refuse what this pipeline's pairs and rankings cannot train."""
     loss = run.loss
+    if run.start is not None and (run.optimiser.lora is not None or loss.evidence in ON_POLICY):
+        raise ValueError(
+            f"{where}.start: is for runs that train all weights on labels, got {run.start!r} "
+            "with adapters or samples of its own; leave it out"
+        )
     if loss.evidence in ON_POLICY:
         _check_on_policy(run, params, where)
     elif loss.evidence not in TRAINABLE:
@@ -288,4 +298,9 @@ def hyperparameter_schema(loss: Loss) -> type[BaseModel]:
 
 def check_runs(params: Params) -> list[Run]:
     """All runs that train, bound; every row of `runs` is checked."""
-    return [bind(params, name) for name in params.runs if best_of(params, name) is None]
+    trained = [
+        name
+        for name in params.runs
+        if best_of(params, name) is None and existing_policy(params, name) is None
+    ]
+    return [bind(params, name) for name in trained]

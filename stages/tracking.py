@@ -255,15 +255,9 @@ def deliver_all() -> int:
     pending = sorted(JOURNALS.glob("*.jsonl"))
     if not pending:
         return 0
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
+    client = connect()
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI))
     still_open = 0
     for path in pending:
         try:
@@ -282,6 +276,18 @@ def deliver_all() -> int:
     return still_open
 
 
+def connect() -> "MlflowClient":
+    """MLflow as the environment names it, else its file here."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI))
+
+
 def _deliver(client: "MlflowClient", path: Path) -> bool:
     """Log a journal; returns whether it has ended. Logging a journal twice changes nothing."""
     alive = _is_locked(path)
@@ -294,7 +300,7 @@ def _deliver(client: "MlflowClient", path: Path) -> bool:
     if head["kind"] == "evaluation":
         _deliver_evaluation(client, head)
         return True
-    run = _find(client, head["recipe"], {"prefopt.journal": path.stem}) or _create(
+    run = find(client, head["recipe"], {"prefopt.journal": path.stem}) or _create(
         client, path, head
     )
     for name, text in head.get("files", {}).items():
@@ -368,7 +374,7 @@ def _create(client: "MlflowClient", path: Path, head: Event) -> "Run":
 def _deliver_evaluation(client: "MlflowClient", head: Event) -> None:
     # Runs that train nothing have the same log-ratios.
     tags = {"prefopt.logratios": head["logratios"], "prefopt.run": head["run"]}
-    run = _find(client, head["recipe"], tags)
+    run = find(client, head["recipe"], tags)
     if run is None:
         # The training was restored from DVC's cache, made by another machine's MLflow.
         tags |= {**head["tags"], "mlflow.runName": head["run"]}
@@ -400,7 +406,8 @@ def _experiment(client: "MlflowClient", recipe: str) -> str:
     return found.experiment_id if found else client.create_experiment(recipe)
 
 
-def _find(client: "MlflowClient", recipe: str, tags: dict[str, str]) -> "Run | None":
+def find(client: "MlflowClient", recipe: str, tags: dict[str, str]) -> "Run | None":
+    """The latest run of a recipe that has these tags."""
     runs = client.search_runs(
         [_experiment(client, recipe)],
         " AND ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items()),

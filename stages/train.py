@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -33,12 +34,13 @@ from stages.artefacts import (
 )
 from stages.best_of import best_of
 from stages.evidence import READS_LIVE_REFERENCE, Evidence, Models, table_of
+from stages.existing import existing_policy
 from stages.launch import Together
 from stages.params import Compute, load_params
 from stages.runs import ON_POLICY, bind
 from stages.tracking import track
 from stages.training import train
-from stages.untrained import leave_untrained
+from stages.untrained import leave_untrained, logratios_of_sft
 from stages.watch import Look, account, author, watch
 
 BLOCK = 1024  # pairs whose log-ratios are held at a time
@@ -50,10 +52,21 @@ def main() -> None:
     parser.add_argument("run")
     name = parser.parse_args().run
     params = load_params()
-    if best_of(params, name):
-        leave_untrained(name, params)
-        return
     compute = params.compute
+    existing = existing_policy(params, name)
+    if best_of(params, name) or existing == str(SFT):
+        leave_untrained(name, params, SFT, logratios_of_sft)
+        return
+    if existing is not None:
+        models.set_up(seed=compute.seed, num_threads=compute.num_threads)
+        policy = models.load_policy(existing)
+        leave_untrained(
+            name,
+            params,
+            Path(existing),
+            lambda evidence, pairs: logratios_after(policy, evidence, pairs, compute),
+        )
+        return
     run = bind(params, name)
     models.set_up(seed=run.seed, num_threads=compute.num_threads)
     relevant: dict[str, Any] = {
@@ -89,18 +102,20 @@ def main() -> None:
         ) as journal,
         stage(
             f"train@{name}",
-            inputs=[*tables, REFERENCE, SFT],
+            inputs=[*tables, REFERENCE, SFT, *([Path(run.start)] if run.start else [])],
             outputs=[model_of(name), curve_of(name), logratios_of(name), generations_of(name)],
             params=relevant,
         ) as workspace,
     ):
         evidence = Evidence()
-        policy = models.load_policy(str(SFT))
+        sft = models.load_policy(str(SFT))
+        policy = models.load_policy(run.start) if run.start else sft
         alive = run.watch.writes or run.loss.evidence in (*READS_LIVE_REFERENCE, *ON_POLICY)
-        reference = models.frozen(policy, run.optimiser) if alive else None
+        reference = models.frozen(sft, run.optimiser) if alive else None
         models.make_trainable(policy, run.optimiser, seed=run.seed)
         pair = Models(policy, reference, models.DTYPES[compute.dtype])
-        deviation = evidence.audit(pair, NUM_AUDITED, compute.seed)
+        audited = Models(sft, reference, pair.compute_dtype)
+        deviation = evidence.audit(audited, NUM_AUDITED, compute.seed)
         journal.write({"audit": f"{NUM_AUDITED} prompts scored again, off by {deviation:.2g} nats"})
         course = (
             onpolicy.course(pair, params, run, name, workspace.directory / "rounds")
@@ -120,7 +135,7 @@ def main() -> None:
             workspace,
             token_budget=compute.token_budget,
             model=model_of(name),
-            source=str(SFT),
+            source=run.start or str(SFT),
             curve=curve_of(name),
             checkpoint_every=compute.checkpoint_every,
             compute_dtype=pair.compute_dtype,

@@ -54,6 +54,12 @@ WITHOUT_A_STAGE = {
     "stages.claims",
     "stages.records",
     "stages.traces",
+    # Of a round of retraining, around the pipeline.
+    "stages.pull",
+    "stages.drift",
+    "stages.challenge",
+    "stages.gate",
+    "stages.registry",
 }
 
 
