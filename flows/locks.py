@@ -2,7 +2,7 @@
 
 A lock is held by an open file, so it is free when its holders have ended, however they ended; what
 is written in the file only says to people who holds it. A supervisor hands locks on to the group of
-each command (`flows.supervise`), so that no lock is free before the last process has ended.
+each command (`flows.keeper`), so that no lock is free before the last process has ended.
 """
 
 import fcntl

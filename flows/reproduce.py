@@ -36,7 +36,6 @@ BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "another pr
 # What DVC says when the stage's own command failed, and not DVC around it.
 FAILED = "failed to run: "
 POLL_SECONDS = 2.0
-DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 
 Submit = Callable[[str], PrefectFuture[None]]
 
@@ -244,5 +243,6 @@ def run_dvc(
         log.info("%s", line)
 
     # Without that wait, a lock that is busy when a training ends loses the training.
-    status = supervisor.run([*DVC, *command], environment, hear, folder=folder, locks=locks)
+    patient = ["--wait-for-lock", *command]
+    status = supervisor.run_dvc(patient, environment, hear, folder=folder, locks=locks)
     return Outcome(status, tuple(said))

@@ -27,10 +27,10 @@ from prefect.states import Completed, Failed
 
 from flows.artifacts import UNREACHABLE
 from flows.clones import SCRATCH
+from flows.keeper import end_with_parent
 from flows.programs import ask
 from flows.reproduce import reproduce, stage_environment
 from flows.rounds import ACCEPTED, CHAMPION, DATA, Round, model_path, new_round
-from flows.supervise import end_with_parent
 
 BRANCH = "retrain"
 ARRIVED = "prefopt.data.arrived"

@@ -12,8 +12,9 @@ from prefect.runtime import flow_run
 
 from flows.clones import git, own_clone, publish_lock, worktree
 from flows.graph import Demands
+from flows.keeper import end_with_parent
 from flows.reproduce import BusyError, dvc_task, reproduce_stage, run_dvc, stage_environment
-from flows.supervise import Supervisor, end_with_parent
+from flows.supervise import Supervisor
 
 
 @flow(name="prefopt-stage", persist_result=False)

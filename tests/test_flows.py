@@ -1,15 +1,16 @@
 """The flow against a real server and real projects of DVC: it is `dvc repro`, run otherwise."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import FAMILY, family, is_alive, wait_until
 
 from flows.graph import read_plan
 from flows.supervise import Supervisor, last_state
@@ -200,32 +201,6 @@ def test_the_plan_goes_as_dvc_goes(project: Path, monkeypatch: pytest.MonkeyPatc
     assert plan.ready(plan.outdated - {"prepare"}, ["prepare"]) == [f"train@{r}" for r in RUNS]
 
 
-# A shell does not pass signals on: its child is told by nobody but the keeper.
-FAMILY = "sleep 600 & echo $! > grandchild; echo $$ > shell; wait; true"
-
-
-def family(directory: Path) -> list[int]:
-    """The process ids of the shell and the grandchild, once they are there."""
-    files = [directory / "shell", directory / "grandchild"]
-    wait_until(lambda: all(file.exists() and file.read_text().strip() for file in files))
-    return [int(file.read_text()) for file in files]
-
-
-def is_alive(process: int) -> bool:
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_the_end_of_a_supervisor_ends_the_whole_group_of_its_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +265,53 @@ def test_a_commit_is_run_in_a_worktree_while_this_one_is_edited_and_then_restore
     restored = run(project, sys.executable, "-m", "dvc", "repro")
     assert restored.stdout.count("is cached - skipping run") == 8
     assert "Running stage" not in restored.stdout
+
+
+API_YAML = """\
+stages:
+  judge:
+    foreach: [a, b, c, d]
+    do:
+      cmd: python judge.py ${item}.txt
+      meta: {pool: api}
+      outs: ["${item}.txt"]
+"""
+
+# A line where it starts and one where it ends, each written whole.
+JUDGE = """\
+import os, pathlib, sys, time
+log = os.open(".dvc/tmp/judging", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.write(log, b"+1\\n")
+time.sleep(3)
+pathlib.Path(sys.argv[1]).write_text("a verdict")
+os.write(log, b"-1\\n")
+"""
+
+
+def test_no_more_stages_ask_apis_at_once_than_the_server_allows(
+    tmp_path: Path, server: str
+) -> None:
+    import httpx
+
+    project = tmp_path / "flow"
+    project.mkdir()
+    (project / "dvc.yaml").write_text(API_YAML)
+    (project / "judge.py").write_text(JUDGE)
+    run(project, "git", "init", "--quiet")
+    run(project, sys.executable, "-m", "dvc", "init", "--quiet")
+    limits = f"{server}/v2/concurrency_limits/"
+    with httpx.Client(trust_env=False) as client:
+        client.post(limits, json={"name": "prefopt-api", "limit": 2}).raise_for_status()
+        try:
+            flow = run_flow(project, server, "--concurrency", "4")
+        finally:
+            client.delete(f"{limits}prefopt-api").raise_for_status()
+
+    assert flow.returncode == 0, flow.stderr
+    changes = map(int, (project / ".dvc/tmp/judging").read_text().split())
+    at_once = list(itertools.accumulate(changes))
+    assert len(at_once) == 8
+    assert max(at_once) == 2  # With four allowed by the flow, and the limit used.
 
 
 FAULTY_YAML = """\

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import PROJECT
-from test_flows import new_project, run, wait_until
+from processes import wait_until
+from test_flows import new_project, run
 
 from flows.clones import worktree
 from flows.locks import hold_gpus

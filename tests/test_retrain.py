@@ -21,8 +21,8 @@ import pytest
 import yaml
 from conftest import PROJECT, shipped_params, write_jsonl
 from forks import launched
+from processes import wait_until
 from services import s3
-from test_flows import wait_until
 from test_pipeline import copied, edit, git
 
 from flows.clones import worktree

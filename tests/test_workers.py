@@ -19,7 +19,8 @@ import psutil
 import pytest
 from conftest import PROJECT
 from moto.server import ThreadedMotoServer
-from test_flows import cancel, last_flow_run, run, wait_until
+from processes import wait_until
+from test_flows import cancel, last_flow_run, run
 
 DVC_YAML = """\
 stages:
