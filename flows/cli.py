@@ -263,6 +263,7 @@ def retrain(
     revision: Annotated[str, typer.Option(help="whose code and parameters")] = "HEAD",
     branch: Annotated[str, typer.Option(help="where rounds are kept")] = "retrain",
     concurrency: Annotated[int, typer.Option(min=1, help="stages at once")] = 2,
+    pools: Annotated[bool, typer.Option("--pools", help="by workers, not on this machine")] = False,
 ) -> None:
     """Train on the data of `retrain.source`, and promote what beats the champion: 0; else 1."""
     from flows.server import connected
@@ -273,7 +274,7 @@ def retrain(
         # Here, because Prefect reads its settings when it is imported.
         from flows.retrain import retrain
 
-        state = retrain(".", revision, branch, concurrency, return_state=True)
+        state = retrain(".", revision, branch, concurrency, pools=pools, return_state=True)
     typer.echo(state.message)
     sys.exit(0 if state.name in ("Completed", "Skipped", "CaughtUp") else 1)
 

@@ -92,10 +92,16 @@ def fetch_file(root: Path, ref: str, path: str, *, origin: str) -> str:
     return git(root, "show", f"FETCH_HEAD:{path}")
 
 
-def publish_lock(root: Path, ref: str, *, origin: str) -> str:
+def publish_lock(root: Path, ref: str, *, origin: str, after: str = "HEAD") -> str:
     """Commit HEAD with dvc.lock as it is now, push it as a ref, and give the commit.
 
     Neither the index nor a branch of the workspace is touched.
+
+    Args:
+        root: the workspace.
+        ref: that the origin is to have.
+        origin: of workers.
+        after: the commit's parent; an earlier one of the ref, if that is still to be found by it.
     """
     with TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
@@ -104,7 +110,7 @@ def publish_lock(root: Path, ref: str, *, origin: str) -> str:
             git(root, "update-index", "--add", LOCK, **index)
         tree = git(root, "write-tree", **index)
     message = f"{LOCK} as far as the run has got"
-    commit = git(root, "commit-tree", tree, "-p", "HEAD", "-m", message, **IDENTITY)
+    commit = git(root, "commit-tree", tree, "-p", after, "-m", message, **IDENTITY)
     git(root, "push", "--quiet", "--force", origin, f"{commit}:{ref}")
     return commit
 

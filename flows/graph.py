@@ -47,6 +47,7 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
     from dvc.dvcfile import PROJECT_FILE
     from dvc.repo import Repo
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+    from dvc.stage import PipelineStage
 
     with Repo(str(root), _wait_for_lock=True) as repo:
         graph = get_active_graph(repo.index.graph)
@@ -55,17 +56,19 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
         upstream = {stage: list(graph.successors(stage)) for stage in stages}
         if without_data:
             with repo.lock:
-                changed = {stage for stage in stages if stage.changed(True, upstream[stage])}
-            outdated = {stage.addressing for stage in changed}
+                addresses = {s.addressing for s in stages if s.changed(True, upstream[s])}
         else:
-            outdated = set(repo.status())
-        names = {stage: stage.addressing.rpartition(":")[2] for stage in stages}
-        outdated = {name.rpartition(":")[2] for name in outdated}
+            addresses = set(repo.status())
+        # A stage's address is a path from where we are; of data that `dvc add` tracks, all of it.
+        names = {
+            stage: stage.name if isinstance(stage, PipelineStage) else _place(stage, repo.root_dir)
+            for stage in stages
+        }
+        outdated = {name for stage, name in names.items() if stage.addressing in addresses}
         needs = {
             names[stage]: frozenset(names[need] for need in upstream[stage]) for stage in stages
         }
         demands = {names[stage]: _demands(names[stage], stage.meta or {}) for stage in stages}
-    outdated &= set(needs)
     for name, wanted in needs.items():  # A stage comes after what it needs.
         if wanted & outdated:
             outdated.add(name)
@@ -135,6 +138,10 @@ def _edit_entries(root: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) 
         with modify_yaml(str(root / LOCK), fs=repo.fs) as content:
             entries = edit(dict(content.get("stages", {})))
             content["stages"] = entries
+
+
+def _place(stage: Any, root: str) -> str:
+    return Path(stage.path).relative_to(root).as_posix()
 
 
 def _demands(name: str, meta: Mapping[str, Any]) -> Demands:

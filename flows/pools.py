@@ -50,13 +50,16 @@ class Coordinator:
     def __init__(self, root: Path, origin: str, run: str) -> None:
         self.root, self.origin, self.ref = root, origin, f"{REFS}/{run}"
         self.ended = False
+        self._published = "HEAD"
         self._lock = threading.Lock()
         self._children: set[UUID] = set()
 
     def start(self, name: str, needs: Iterable[str], demands: Demands) -> UUID:
         """Have the stage run by the next free worker of its pool; gives its flow run."""
         with self._lock:
-            commit = publish_lock(self.root, self.ref, origin=self.origin)
+            commit = publish_lock(self.root, self.ref, origin=self.origin, after=self._published)
+            # A worker fetches the ref, which may have gone on by then.
+            self._published = commit
         place = {"ref": self.ref, "commit": commit, "origin": self.origin}
         started = run_deployment(
             f"prefopt-stage/{demands.pool}",

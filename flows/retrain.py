@@ -26,8 +26,9 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
 from flows.artifacts import UNREACHABLE
-from flows.clones import SCRATCH
+from flows.clones import SCRATCH, require_remote
 from flows.keeper import end_with_parent
+from flows.pools import distribute
 from flows.programs import ask
 from flows.reproduce import reproduce, stage_environment
 from flows.rounds import ACCEPTED, CHAMPION, DATA, Round, model_path, new_round
@@ -42,7 +43,12 @@ Bounds = list[dict[str, Any]]
 
 @flow(name="prefopt-retrain", persist_result=False)
 def retrain(
-    root: str = ".", revision: str = "HEAD", branch: str = BRANCH, concurrency: int = 2
+    root: str = ".",
+    revision: str = "HEAD",
+    branch: str = BRANCH,
+    concurrency: int = 2,
+    *,
+    pools: bool = False,
 ) -> State[None]:
     """One round, whose end is Completed if the challenger is promoted, Refused if it is not.
 
@@ -53,7 +59,8 @@ def retrain(
         root: a repository; its working tree is not touched.
         revision: of it, whose code and parameters the round is of.
         branch: where the rounds are kept.
-        concurrency: stages at once.
+        concurrency: stages at once, on this machine.
+        pools: by the workers of the stages' pools instead, which see the round as commits.
 
     Raises:
         ValueError: if another round of the branch is under way, or `retrain` cannot be done.
@@ -67,12 +74,19 @@ def retrain(
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     environment = stage_environment(str(flow_run.id), folder)
     with new_round(folder, revision, branch, environment) as round_:
-        return play(round_, concurrency)
+        return play(round_, None if pools else concurrency)
 
 
-def play(round_: Round, concurrency: int) -> State[None]:
-    """All of a round; the state that the flow ends in."""
+def play(round_: Round, concurrency: int | None) -> State[None]:
+    """All of a round; the state that the flow ends in.
+
+    Args:
+        round_: with nothing done.
+        concurrency: stages at once on this machine, or None: by the workers of the pools.
+    """
     tree = round_.tree
+    if concurrency is None:
+        require_remote(tree)
     registry = ask(tree, "registry", "show")
     ask(tree, "pull", DATA, "--root", str(round_.root))
     data = round_.add(DATA)
@@ -90,9 +104,15 @@ def play(round_: Round, concurrency: int) -> State[None]:
     if unmet(drift):
         round_.publish()
         return Failed(message=tell(f"data {data[:12]} are refused", drift))
-    state = reproduce(str(tree), concurrency, return_state=True)
+    if concurrency is None:
+        round_.dvc("push", "--quiet", *round_.pointers)
+        state = distribute(str(tree), return_state=True)
+    else:
+        state = reproduce(str(tree), concurrency, return_state=True)
     if not state.is_completed():
         return Failed(message=f"round {inputs[:12]}: {state.message}")
+    if concurrency is None:
+        round_.dvc("pull", "--quiet", *ask(tree, "gate", "--reads"))
     gate: Bounds = ask(tree, "gate")
     verdict = "refused" if unmet(gate) else "promoted"
     commit = round_.commit_lock(f"retraining: challenger {verdict}")

@@ -46,6 +46,12 @@ class Round:
         """What the round is of, whatever commit says so: git's digest of all tracked files."""
         return git(self.root, "rev-parse", f"{self.base}^{{tree}}")
 
+    @property
+    def pointers(self) -> list[str]:
+        """The files by which DVC knows what the round is given."""
+        names = [f"{path}.dvc" for path in (DATA, CHAMPION)]
+        return [name for name in names if (self.tree / name).exists()]
+
     def dvc(self, *command: str) -> None:
         """Run DVC in the worktree.
 
@@ -85,9 +91,7 @@ class Round:
 
     def commit_inputs(self, message: str) -> str:
         """Commit parameters and pointers, after the last round and the revision."""
-        pointers = [f"{path}.dvc" for path in (DATA, CHAMPION)]
-        there = [path for path in pointers if (self.tree / path).exists()]
-        git(self.tree, "add", "--force", "params.yaml", *there)
+        git(self.tree, "add", "--force", "params.yaml", *self.pointers)
         tip = self._tip()
         parents = [*(["-p", tip] if tip else []), "-p", self.base]
         return self._commit(message, *parents)

@@ -38,6 +38,8 @@ def main() -> None:
 def check_files(params: Params) -> None:
     """Refuse files that are not there: of them DVC would say no more than the path.
 
+    What `dvc add` tracks need not be there yet: DVC brings it to the stages that read it.
+
     Raises:
         ValueError: if one is missing.
     """
@@ -47,7 +49,7 @@ def check_files(params: Params) -> None:
         "revision.template": params.revision.template,
     }
     for key, path in named.items():
-        if not Path(path).is_file():
+        if not Path(path).is_file() and not Path(f"{path}.dvc").is_file():
             raise ValueError(f"{key}: no such file, got '{path}'; give the path of one that is")
 
 

@@ -2,13 +2,16 @@
 
 Both are runs of this pipeline, judged on the same prompts. Prints JSON: what was measured, its
 bound in `retrain.gate`, and whether it holds; only if all of them hold is a challenger promoted.
+With `--reads`: the files that this and `stages.registry` read, which may have to be fetched first.
 """
 
+import argparse
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from stages.artefacts import COMPARISON, card_of, metrics_of, program
+from stages.artefacts import COMPARISON, card_of, logratios_of, metrics_of, program
 from stages.bounds import Bound, answer
 from stages.existing import CHAMPION
 from stages.params import Gate, load_params
@@ -17,12 +20,16 @@ OPPONENT = "sft"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--reads", action="store_true", help="say which files are read")
+    asked = parser.parse_args()
     params = load_params()
     name, gate = params.retrain.run, params.retrain.gate
-    ours, theirs, card, comparison = (
-        json.loads(path.read_text())
-        for path in (metrics_of(name), metrics_of(CHAMPION), card_of(gate.judge), COMPARISON)
-    )
+    paths = (metrics_of(name), metrics_of(CHAMPION), card_of(gate.judge), COMPARISON)
+    if asked.reads:
+        sys.stdout.write(json.dumps(list(map(str, (*paths, logratios_of(name))))) + "\n")
+        return
+    ours, theirs, card, comparison = (json.loads(path.read_text()) for path in paths)
     (pair,) = comparison["win_rate"][OPPONENT][gate.judge]
     if (pair["first"], pair["second"]) != (name, CHAMPION):
         raise ValueError(

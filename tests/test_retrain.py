@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -383,6 +384,7 @@ class Project:
             "PREFECT_API_URL": server,
             "PREFECT_HOME": str(folder / "home"),
             "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "CUDA_VISIBLE_DEVICES": "0",  # A worker's GPU, whether or not there is one.
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.folder}/mlflow.db",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(self.folder),  # As if it were installed, for the worker.
@@ -406,12 +408,14 @@ class Project:
         """Put a file of preferences where the source is."""
         write_jsonl(self.folder / "incoming" / name, rows)
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
+    def start(
+        self, *command: str, output: int | IO[str] = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-B", *command],
             cwd=self.folder,
             env=self.environment,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )
@@ -450,6 +454,12 @@ class Project:
         (file,) = (self.folder / ".prefopt/reference").glob("*.sqlite")
         with sqlite3.connect(file) as database:
             return dict(database.execute("SELECT digest, rowid FROM records"))
+
+    def holds(self, stage: str) -> bool:
+        """Whether DVC's cache here has all that a stage of the last round left."""
+        cache = self.folder / ".dvc/cache/files/md5"
+        digests = [out["md5"] for out in self.at("dvc.lock")["stages"][stage]["outs"]]
+        return all((cache / digest[:2] / digest[2:]).exists() for digest in digests)
 
     def api(self, path: str, method: str = "POST", **body: Any) -> Any:
         answer = httpx.request(method, f"{self.server}/{path}", json=body, trust_env=False)
@@ -540,6 +550,42 @@ def test_rounds_promote_what_is_better_refuse_what_is_worse_and_stop_what_is_poi
     said = project.run("-m", "flows.cli", "rollback")
     assert said == "champion of reviews: version 1\n"
     assert project.aliases() == {"champion": "1", "previous": None, "challenger": "2"}
+
+
+POOLS = ("cpu", "gpu", "api")
+
+
+def test_a_round_by_workers_is_kept_like_any_other(project: Project, tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet", "--bare", "origin")
+    git(project.folder, "remote", "add", "origin", str(tmp_path / "origin"))
+    project.run("-m", "dvc", "remote", "add", "--quiet", "--default", "store", f"{tmp_path}/store")
+    project.set_retrain()  # Which commits the remote, too.
+    git(project.folder, "push", "--quiet", "origin", "HEAD")
+    project.offer("1.jsonl", preferences(0, 100, flipped=never))
+    project.run("-m", "flows.cli", "deploy")
+    with ExitStack() as stack:
+        logs = [stack.enter_context(open(tmp_path / f"{pool}.log", "w+")) for pool in POOLS]
+        for pool, log in zip(POOLS, logs, strict=True):
+            worker = ("-m", "flows.cli", "worker", pool, "--clone", f"{tmp_path}/clone-{pool}")
+            process = project.start(*worker, output=log)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+        try:
+            said = project.run("-m", "flows.cli", "retrain", "--pools")
+        except AssertionError as error:
+            for log in logs:
+                log.seek(0)
+                error.add_note(log.read()[-8000:])
+            raise
+    assert said.splitlines()[-1] == "reviews version 2 is promoted"
+    # Nothing was computed here; the branch and its data are where others look.
+    assert not project.holds("train@dpo")
+    tip = git(project.folder, "rev-parse", "retrain")
+    assert git(tmp_path / "origin", "rev-parse", "retrain") == tip
+    assert git(tmp_path / "origin", "for-each-ref", "refs/prefopt") == ""
+    git(project.folder, "checkout", "--quiet", "retrain")
+    project.run("-m", "dvc", "pull", "--quiet")
+    project.run("-m", "flows.cli", "audit", "models:/reviews@champion")
 
 
 WATCH = """
