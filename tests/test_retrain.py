@@ -22,6 +22,7 @@ import pytest
 import yaml
 from conftest import PROJECT, shipped_params, write_jsonl
 from forks import launched
+from hub import hub
 from processes import wait_until
 from services import s3
 from test_pipeline import copied, edit, git
@@ -201,6 +202,43 @@ def test_a_prefix_of_a_bucket_is_pulled(tmp_path: Path, monkeypatch: pytest.Monk
         pull.pull("s3://bucket/new", tmp_path, tmp_path / "new.jsonl")
     assert (tmp_path / "new.jsonl").read_text() == '{"prompt": "a"}\n'
     assert len(before) == 64
+
+
+HUB = """
+import sys
+from pathlib import Path
+from stages.pull import pull, state
+source, to = sys.argv[1:]
+pull(source, Path(), Path(to))
+print(state(source, Path()))
+"""
+
+
+def test_a_data_set_of_the_hub_is_pulled_by_name_revision_and_split(tmp_path: Path) -> None:
+    def pulled(source: str) -> tuple[str, str]:
+        # Another process, because the hub's address is read when its client is imported.
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, source, str(tmp_path / "new.jsonl")],
+            env={
+                **os.environ,
+                "HF_ENDPOINT": held.url,
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_OFFLINE": "0",
+                "NO_PROXY": "127.0.0.1",
+                "PYTHONPATH": str(PROJECT),
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "new.jsonl").read_text(), done.stdout.strip()
+
+    with hub("owner/name") as held:
+        old, first = '{"prompt": "a"}\n', held.commit('{"prompt": "a"}\n')
+        assert pulled("hub:owner/name") == (old, first)
+        new, second = '{"prompt": "b"}\n', held.commit('{"prompt": "b"}\n')
+        assert pulled("hub:owner/name:train") == (new, second)
+        assert pulled(f"hub:owner/name@{first}:train") == (old, first)
 
 
 # The round's parameters.
