@@ -296,17 +296,22 @@ def _undelivered() -> list[str]:
 
 
 def _elsewhere() -> list[str]:
-    """What Prefect's server says is running, and what failed there last."""
+    """What Prefect's server says is running, by which worker, and what failed there last."""
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         return []
     try:
-        at_work = _ask(url, "task_runs", {"task_runs": _of_type("RUNNING"), "limit": 20})
+        at_work = _ask(url, "task_runs", {"task_runs": _of_type("RUNNING"), "limit": 40})
+        flows = _ask(url, "flow_runs", {"flow_runs": _of_type("RUNNING"), "limit": 40})
         wrong = {**_of_type("FAILED", "CRASHED")}
         failed = _ask(url, "flow_runs", {"flow_runs": wrong, "sort": "END_TIME_DESC", "limit": 1})
     except (OSError, ValueError) as error:
         return [f"{_without_user(url)} does not answer: {error}"]
-    lines = [f"running: {one['name']}" for one in at_work]
+    workers = {one["id"]: one["labels"].get("prefect.worker.name", "") for one in flows}
+    # The coordinator has a task of each stage that a worker has; the worker's says more.
+    where = dict.fromkeys((one["name"] for one in at_work), "")
+    where |= {one["name"]: by for one in at_work if (by := workers.get(one["flow_run_id"]))}
+    lines = [f"running: {name}" + (f" by {by}" if by else "") for name, by in where.items()]
     lines += [
         f"failed last: {one['name']}: {one['state']['message']} ({one['end_time'][:16]})"
         for one in failed
