@@ -1,8 +1,9 @@
 """The pipeline by one worker and by two: `python -m benchmarks.workers`.
 
 The project as it is committed, from nothing: a clone for each worker, a bucket on the loopback for
-what stages leave, and a Prefect server. Says how long each took, and whether dvc.lock came back as
-it is committed, which is what `dvc repro` on one machine left. Needs `tests/servers.lock`.
+what stages leave, and a Prefect server. Says how long each took, and of which stages dvc.lock came
+back other than it is committed, which is what `dvc repro` on one machine left. What was measured
+before of other numbers of workers is kept. Needs `tests/servers.lock`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from flows.graph import read_entries
 from flows.server import own_server
 
 OUT = Path(__file__).parent / "results/workers-cpu.json"
@@ -30,17 +32,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 1])
     asked = parser.parse_args()
-    found = {}
+    found = json.loads(OUT.read_text())["workers"] if OUT.exists() else {}
     for number in asked.workers:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"{number} workers"] = measured(Path(folder), number)
-        result = {"cores": os.cpu_count(), "load before": os.getloadavg()[0], **found}
+            found[str(number)] = measured(Path(folder), number)
+        result = {"cores": os.cpu_count(), "workers": found}
         OUT.write_text(json.dumps(result, indent=2) + "\n")
     print(OUT.read_text())
 
 
 def measured(folder: Path, number: int) -> dict[str, object]:
-    """Seconds of a whole run by so many workers, and whether its dvc.lock is the committed one."""
+    """Seconds of a whole run by so many workers, and which entries of its dvc.lock are others."""
     with ExitStack() as stack:
         url = stack.enter_context(own_server(folder / "home"))
         environment = {
@@ -58,7 +60,7 @@ def measured(folder: Path, number: int) -> dict[str, object]:
         bucket = (sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(PORT))
         stack.enter_context(running(bucket, folder, environment))
         workspace = share(folder, environment)
-        committed = (workspace / "dvc.lock").read_bytes()
+        committed = read_entries(workspace)
         (workspace / "dvc.lock").unlink()
         git(workspace, "add", "--all")
         git(workspace, *COMMIT, "--message", "all of it is to be done")
@@ -67,13 +69,13 @@ def measured(folder: Path, number: int) -> dict[str, object]:
         for name in range(number):
             worker = [*FLOWS, "flows.cli", "worker", "cpu", "--clone", f"{folder}/clone-{name}"]
             stack.enter_context(running(worker, folder, environment))
-        started = time.monotonic()
+        load, started = os.getloadavg()[0], time.monotonic()
         command = [*FLOWS, "flows.pipeline", "--pools", "--only", "cpu"]
         subprocess.run(command, cwd=workspace, env=environment, check=True)
-        return {
-            "seconds": round(time.monotonic() - started),
-            "dvc.lock is the committed one": (workspace / "dvc.lock").read_bytes() == committed,
-        }
+        seconds = round(time.monotonic() - started)
+        left = read_entries(workspace)
+        other = sorted(n for n in left.keys() | committed.keys() if left.get(n) != committed.get(n))
+        return {"seconds": seconds, "load before": load, "entries unlike the committed": other}
 
 
 def share(folder: Path, environment: Mapping[str, str]) -> Path:
