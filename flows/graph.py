@@ -47,7 +47,6 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
     from dvc.dvcfile import PROJECT_FILE
     from dvc.repo import Repo
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
-    from dvc.stage import PipelineStage
 
     with Repo(str(root), _wait_for_lock=True) as repo:
         graph = get_active_graph(repo.index.graph)
@@ -59,11 +58,7 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
                 addresses = {s.addressing for s in stages if s.changed(True, upstream[s])}
         else:
             addresses = set(repo.status())
-        # A stage's address is a path from where we are; of data that `dvc add` tracks, all of it.
-        names = {
-            stage: stage.name if isinstance(stage, PipelineStage) else _place(stage, repo.root_dir)
-            for stage in stages
-        }
+        names = {stage: _name_of(stage, repo.root_dir) for stage in stages}
         outdated = {name for stage, name in names.items() if stage.addressing in addresses}
         needs = {
             names[stage]: frozenset(names[need] for need in upstream[stage]) for stage in stages
@@ -140,7 +135,15 @@ def _edit_entries(root: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) 
             content["stages"] = entries
 
 
-def _place(stage: Any, root: str) -> str:
+def _name_of(stage: Any, root: str) -> str:
+    """Its name in dvc.yaml; of data that `dvc add` tracks the path of the .dvc file.
+
+    Not its address, which is a path from where we are.
+    """
+    from dvc.stage import PipelineStage
+
+    if isinstance(stage, PipelineStage):
+        return str(stage.name)
     return Path(stage.path).relative_to(root).as_posix()
 
 
