@@ -62,6 +62,8 @@ def _end_group(group: int) -> None:
     while _is_alive(group) and time.monotonic() < deadline:
         time.sleep(0.05)
     signal_group(group, signal.SIGKILL)
+    while _is_alive(group):  # Until then, what it held is not free.
+        time.sleep(0.01)
 
 
 def signal_group(group: int, number: int) -> None:

@@ -265,7 +265,7 @@ def test_a_run_that_is_cancelled_ends_its_stages_and_the_next_goes_on(machines: 
         wait_until(lambda: [s for s, *_ in machines.steps("train-b")[before:]][-1:] == [3], 300)
         status = (sys.executable, "-m", "flows.cli", "status")
         told = run(machines.workspace, *status, **machines.environment).stdout
-        assert f"running: train-b by {socket.gethostname()}-two-gpu-1\n" in told
+        assert f"running: train@b by {socket.gethostname()}-two-gpu-1\n" in told
         cancel(machines.server, last_flow_run(machines.server, "prefopt-pools")["id"])
         machines.expect(coordinator, 1)
     assert last_flow_run(machines.server, "prefopt-pools")["state_type"] == "CANCELLED"
