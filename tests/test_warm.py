@@ -115,12 +115,28 @@ def test_a_killed_supervisor_takes_stages_with_it(project: Path) -> None:
 
 
 def test_a_lock_is_held_until_the_command_has_ended(project: Path) -> None:
-    free = "import fcntl, sys; fcntl.flock(open('lock'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    declare(project, held=f'{sys.executable} -c "{free}"')
+    def taken() -> bool:
+        with open(project / "lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    declare(project, held="touch started; until [ -f go ]; do sleep 0.05; done; touch held.txt")
+    found: list[int] = []
     with open(project / "lock", "w") as lock, Supervisor([lock.fileno()]) as supervisor:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status, lines = followed(supervisor, project, "repro", "held")
-    assert status != 0
-    assert any("BlockingIOError" in line for line in lines)
-    with open(project / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        def run() -> None:
+            found.append(followed(supervisor, project, "repro", "held")[0])
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wait_until(lambda: (project / "started").exists())
+        lock.close()  # Only the command has it now.
+        assert taken()
+        (project / "go").touch()
+        thread.join()
+    assert found == [0]
+    wait_until(lambda: not taken())  # The keeper says its status just before it ends.
