@@ -26,6 +26,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.runtime import flow_run, task_run
 from prefect.utilities.urls import url_for
 
+from flows.clones import is_worktree
 from flows.supervise import Supervisor
 
 # Paths in a workspace, as stages leave them.
@@ -70,7 +71,7 @@ def publish(
         root: the workspace.
         supervisor: runs the courier to MLflow.
         environment: of the courier.
-        whole: nothing failed, so that the report is of this state.
+        whole: nothing failed, so that the report is of this state. It is linked where it stays.
     """
     if (root / TRACKING).exists():
         deliver = [sys.executable, "-m", "stages.tracking"]
@@ -78,11 +79,25 @@ def publish(
     try:
         if whole and (root / RESULTS).exists():
             create_markdown_artifact((root / RESULTS).read_text(), key="results")
-        if whole and (root / REPORT).exists():
+        if whole and (root / REPORT).exists() and not is_worktree(root):
             link = (root / REPORT).resolve().as_uri()
             create_link_artifact(link, link_text="report", key="report")
         if table := mlflow_table(root, str(flow_run.id)):
             create_markdown_artifact(table, key="mlflow-runs")
+    except UNREACHABLE as error:
+        get_run_logger().warning("artifacts: Prefect's server did not take them, got %s", error)
+
+
+def show_results(root: Path) -> None:
+    """Show the results that stages elsewhere have led to, from DVC's cache or its remote."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        if not repo.dvcfs.isfile(RESULTS):
+            return
+        results = repo.dvcfs.read_text(RESULTS)
+    try:
+        create_markdown_artifact(results, key="results")
     except UNREACHABLE as error:
         get_run_logger().warning("artifacts: Prefect's server did not take them, got %s", error)
 

@@ -24,6 +24,8 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Cancelling, Crashed
 
+from flows.alive import check_in, end
+from flows.artifacts import show_results
 from flows.clones import (
     REFS,
     fetch_file,
@@ -104,6 +106,7 @@ def distribute(root: str = ".", only: str | None = None) -> State[None]:
         ValueError: if something is not committed, or DVC has no remote.
     """
     folder = Path(root)
+    killed = check_in()
     with hold_workspace(folder, get_run_logger().info):
         require_committed(folder)
         require_remote(folder)
@@ -111,14 +114,20 @@ def distribute(root: str = ".", only: str | None = None) -> State[None]:
         if only is not None:
             demands = {name: replace(asked, pool=only) for name, asked in plan.demands.items()}
             plan = replace(plan, demands=demands)
-        coordinator = Coordinator(folder, origin_of(folder), str(flow_run.id))
+        origin = origin_of(folder)
+        for run in killed:
+            remove_refs(folder, f"{REFS}/{run}*", origin=origin)
+        coordinator = Coordinator(folder, origin, str(flow_run.id))
 
         def submit(name: str) -> PrefectFuture[None]:
             named = dispatch_stage.with_options(task_run_name=name)
             return named.submit(name, plan.needs[name], plan.demands[name], coordinator)
 
         try:
-            return run_plan(plan, MOST, submit)
+            state = run_plan(plan, MOST, submit)
+            if state.is_completed():
+                show_results(folder)
+            return state
         finally:
             coordinator.close()
             restore_order(folder, plan)
@@ -167,9 +176,9 @@ def _end_of(child: UUID, pool: str, coordinator: Coordinator) -> State[None]:
             elif silent_since is None:
                 silent_since = time.monotonic()
             elif time.monotonic() - silent_since > patience:
-                dead = Crashed(message=f"worker {_worker_of(run)} fell silent")
-                client.set_flow_run_state(child, dead, force=True)
-                return dead
+                why = f"worker {_worker_of(run)} fell silent"
+                end(client, child, why)
+                return Crashed(message=why)
     return Cancelling(message="the coordinator ended")
 
 

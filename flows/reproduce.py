@@ -26,6 +26,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 
+from flows.alive import check_in
 from flows.artifacts import identity, progress, publish
 from flows.graph import MAX_RETRIES, Demands, Plan, read_plan, restore_order
 from flows.locks import hold_gpus, hold_workspace
@@ -63,6 +64,7 @@ def reproduce(root: str = ".", concurrency: int = 2) -> State[None]:
     if concurrency < 1:
         raise ValueError(f"concurrency: must be at least 1, got {concurrency}; 1 is serial")
     folder = Path(root)
+    check_in()
     with hold_workspace(folder, get_run_logger().info) as lock:
         plan = read_plan(folder)
         environment = stage_environment(str(flow_run.id), Path.cwd())

@@ -25,6 +25,7 @@ from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 
+from flows.alive import check_in
 from flows.artifacts import UNREACHABLE
 from flows.clones import SCRATCH, require_remote
 from flows.keeper import end_with_parent
@@ -69,6 +70,7 @@ def retrain(
         end_with_parent()  # What the worker no longer watches is to end.
         if later := later_round():
             return Completed(name=CAUGHT_UP, message=f"round {later} did what this one was for")
+    check_in()
     folder = Path(root).resolve()
     # MLflow's file, if no server is set, is the repository's and not the worktree's.
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.processes import is_gone
+
 WORK = Path(".prefopt")
 SERVER_SECONDS = 3.0
 NAMED = 3  # files, or reasons, before the rest is counted
@@ -301,17 +303,22 @@ def _elsewhere() -> list[str]:
     if not url:
         return []
     try:
-        at_work = _ask(url, "task_runs", {"task_runs": _of_type("RUNNING"), "limit": 40})
-        flows = _ask(url, "flow_runs", {"flow_runs": _of_type("RUNNING"), "limit": 40})
+        running = _of_type("RUNNING")
+        both = {"task_runs": running, "flow_runs": running, "limit": 40}
+        at_work = _ask(url, "task_runs", both)
+        flows = _ask(url, "flow_runs", {"flow_runs": running, "limit": 40})
         wrong = {**_of_type("FAILED", "CRASHED")}
         failed = _ask(url, "flow_runs", {"flow_runs": wrong, "sort": "END_TIME_DESC", "limit": 1})
     except (OSError, ValueError) as error:
         return [f"{_without_user(url)} does not answer: {error}"]
+    killed = {one["id"]: one["name"] for one in flows if any(map(is_gone, one["tags"]))}
+    at_work = [one for one in at_work if one["flow_run_id"] not in killed]
     workers = {one["id"]: one["labels"].get("prefect.worker.name", "") for one in flows}
     # The coordinator has a task of each stage that a worker has; the worker's says more.
     where = dict.fromkeys((one["name"] for one in at_work), "")
     where |= {one["name"]: by for one in at_work if (by := workers.get(one["flow_run_id"]))}
     lines = [f"running: {name}" + (f" by {by}" if by else "") for name, by in where.items()]
+    lines += [f"killed: flow run {name}; the next one tells the server" for name in killed.values()]
     lines += [
         f"failed last: {one['name']}: {one['state']['message']} ({one['end_time'][:16]})"
         for one in failed

@@ -18,7 +18,7 @@ def family(directory: Path) -> list[int]:
 def is_alive(process: int) -> bool:
     try:
         status = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # The latter if it ends while it is read.
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
 
