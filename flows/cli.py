@@ -68,10 +68,16 @@ def deploy(
 @app.command()
 def worker(
     pool: Annotated[str, typer.Argument(help="cpu, gpu, api, or retrain", metavar="POOL")],
-    clone: Annotated[Path, typer.Option(help="where it works; made if it is not there")],
+    clone: Annotated[
+        Path | None,
+        typer.Option(help="where it works, made if it is not there; rounds have none"),
+    ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="stages at the same time")] = 1,
 ) -> None:
-    """Run stages that a coordinator sends to a pool; CUDA_VISIBLE_DEVICES says with which GPUs."""
+    """Run stages that a coordinator sends to a pool; CUDA_VISIBLE_DEVICES says with which GPUs.
+
+    The pool retrain has rounds of retraining, in the repository where `prefopt deploy` was given.
+    """
     from flows.cluster import work
 
     _or_exit(lambda: work(pool, clone, at_once))

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from flows.graph import LOCK
-from flows.locks import try_hold
+from flows.locks import hold, try_hold
 
 REFS = "refs/prefopt"
 SCRATCH = ".prefopt"  # checkpoints, caches, journals, of all worktrees of a clone
@@ -122,11 +122,17 @@ def remove_refs(root: Path, pattern: str, *, origin: str) -> None:
         git(root, "push", "--quiet", origin, "--delete", *(line.split("\t")[1] for line in lines))
 
 
-def own_clone(origin: str) -> Path:
-    """The clone of this worker, PREFOPT_CLONE; made if there is none."""
+def own_clone(origin: str, ref: str) -> Path:
+    """The clone of this worker, PREFOPT_CLONE, with a ref of the origin; made if there is none.
+
+    Stages that a worker runs at the same time take turns.
+    """
     clone = Path(os.environ.get(CLONE, "clone")).absolute()
-    if not (clone / ".git").exists():
-        git(Path.cwd(), "clone", "--quiet", origin, str(clone))
+    clone.parent.mkdir(parents=True, exist_ok=True)
+    with hold(clone.with_name(f"{clone.name}.lock")):
+        if not (clone / ".git").exists():
+            git(Path.cwd(), "clone", "--quiet", origin, str(clone))
+        git(clone, "fetch", "--quiet", "--force", origin, f"+{ref}:{ref}")
     return clone
 
 
@@ -172,6 +178,11 @@ def worktree(clone: Path, revision: str, name: str) -> Generator[Path, None, Non
             yield tree
         finally:
             _remove(clone, lock)
+
+
+def is_worktree(folder: Path) -> bool:
+    """Whether a workspace is one of ours, which goes when its work is done."""
+    return (folder / SCRATCH).is_symlink()
 
 
 def _remove(clone: Path, lock: Path) -> None:

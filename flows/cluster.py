@@ -18,6 +18,8 @@ PROJECT = Path(__file__).parents[1]
 HOME = Path(".prefopt/cluster")
 ROOT = "PREFOPT_ROOT"  # of prefect.yaml: the repository that is retrained
 RESTART_SECONDS = 5.0
+# A free worker asks so often for work, unless told otherwise: by itself every ten seconds.
+PROMPT = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
 
 
 def deploy(api_at_once: int) -> None:
@@ -58,17 +60,19 @@ def deploy(api_at_once: int) -> None:
         raise RuntimeError(f"prefect deploy: it failed, got {done.stdout}{done.stderr}")
 
 
-def work(pool: str, clone: Path, at_once: int) -> None:
+def work(pool: str, clone: Path | None, at_once: int) -> None:
     """Be a worker until SIGTERM or SIGINT; one that gave up on a silent server is started again.
 
     Args:
         pool: whose stages.
-        clone: where it works; made when the first stage comes.
+        clone: where it works, made when the first stage comes; None for rounds of retraining.
         at_once: stages at the same time.
 
     Raises:
-        ValueError: if no server is configured.
+        ValueError: if no server is configured, the pool is unknown, or has no use for a clone, or
+            needs one.
     """
+    require_place(pool, clone)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     require_server()
     with Supervisor() as supervisor:
@@ -77,12 +81,32 @@ def work(pool: str, clone: Path, at_once: int) -> None:
             time.sleep(RESTART_SECONDS)
 
 
+def require_place(pool: str, clone: Path | None) -> None:
+    """Refuse a pool that nobody has, and a clone where it is not used or is lacking.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"worker: no such pool, got {pool}; one of {', '.join(POOLS)}")
+    if pool == "retrain" and clone is not None:
+        raise ValueError(
+            "worker --clone: rounds run in the repository where `prefopt deploy` was given, got "
+            f"{clone}; leave it out"
+        )
+    if pool != "retrain" and clone is None:
+        raise ValueError(
+            f"worker --clone: stages of the pool {pool} run in a clone, got none; name a folder"
+        )
+
+
 def start_worker(
-    supervisor: Supervisor, pool: str, clone: Path, at_once: int = 1
+    supervisor: Supervisor, pool: str, clone: Path | None, at_once: int = 1
 ) -> subprocess.Popen[bytes]:
     """Start a worker, which ends together with what it runs; the environment is its own."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
-    name = "-".join(filter(None, [socket.gethostname(), clone.resolve().name, pool, gpus]))
+    place = clone.resolve().name if clone else ""
+    name = "-".join(filter(None, [socket.gethostname(), place, pool, gpus]))
     command = [
         *(sys.executable, "-m", "prefect", "worker", "start", "--name", name),
         *("--pool", f"prefopt-{pool}", "--type", "process", "--install-policy", "never"),
@@ -90,8 +114,8 @@ def start_worker(
     ]
     # `python` in prefect.yaml is to be this one.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    here = {CLONE: str(clone.resolve()), "PATH": path}
-    environment = {**os.environ, **QUIET, **PATIENT, **here}
+    here = {"PATH": path} | ({CLONE: str(clone.resolve())} if clone else {})
+    environment = {**PROMPT, **os.environ, **QUIET, **PATIENT, **here}
     return supervisor.start(command, environment, None)
 
 

@@ -57,6 +57,14 @@ def hold_workspace(root: Path, say: Callable[[str], None]) -> Generator[int, Non
 
 
 @contextmanager
+def hold(path: Path) -> Generator[None, None, None]:
+    """Hold a file's lock, and wait for it if need be."""
+    with _opened(path) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def try_hold(path: Path) -> Generator[bool, None, None]:
     """Hold a file's lock, if nobody else does; gives whether we do."""
     with _opened(path) as lock:

@@ -2,7 +2,7 @@
 
 The deployments prefopt-stage/cpu, gpu and api of prefect.yaml are this flow. Environment of the
 worker: PREFOPT_CLONE, its clone (./clone, made if it is not there); PREFOPT_SHARED, a folder of
-all workers, where a stage finds the checkpoints of a worker that died (the clone's own otherwise).
+all workers for checkpoints, which go by DVC's remote otherwise.
 """
 
 from pathlib import Path
@@ -10,8 +10,11 @@ from pathlib import Path
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.clones import git, own_clone, publish_lock, worktree
+from flows.alive import check_in
+from flows.artifacts import publish
+from flows.clones import own_clone, publish_lock, worktree
 from flows.graph import Demands
+from flows.handover import handed_over
 from flows.keeper import end_with_parent
 from flows.reproduce import BusyError, dvc_task, reproduce_stage, run_dvc, stage_environment
 from flows.supervise import Supervisor
@@ -41,8 +44,8 @@ def run_stage(
         retries: of the stage, if it fails.
     """
     end_with_parent()  # What the worker no longer watches is to end.
-    clone = own_clone(origin)
-    git(clone, "fetch", "--quiet", "--force", origin, f"+{ref}:{ref}")
+    check_in()
+    clone = own_clone(origin, ref)
     run = str(flow_run.id)
     environment = stage_environment(run, clone)
     with worktree(clone, commit, run) as tree, Supervisor() as supervisor:
@@ -52,9 +55,11 @@ def run_stage(
                 ["pull", *needs], environment, supervisor, tree
             )
         demands = Demands(pool, gpus, retries)
-        reproduce_stage.with_options(task_run_name=stage)(
-            stage, demands, environment, supervisor, folder=tree, pull=True
-        )
+        with handed_over(tree, stage):
+            reproduce_stage.with_options(task_run_name=stage)(
+                stage, demands, environment, supervisor, folder=tree, pull=True
+            )
+        publish(tree, supervisor, environment, whole=False)
         exchange.with_options(task_run_name="push")(
             ["push", "--run-cache", stage], environment, supervisor, tree
         )
