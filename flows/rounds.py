@@ -90,9 +90,15 @@ class Round:
         return next(out["md5"] for out in stage["outs"] if out["path"] == model_path(run))
 
     def commit_inputs(self, message: str) -> str:
-        """Commit parameters and pointers, after the last round and the revision."""
+        """Commit parameters and pointers, after the last round and the revision.
+
+        A round that is given what the last one was, as after refused data, has its commit.
+        """
         git(self.tree, "add", "--force", "params.yaml", *self.pointers)
         tip = self._tip()
+        if tip and self._began(tip):
+            git(self.tree, "reset", "--quiet", "--soft", tip)
+            return tip
         parents = [*(["-p", tip] if tip else []), "-p", self.base]
         return self._commit(message, *parents)
 
@@ -112,6 +118,11 @@ class Round:
 
     def _tip(self) -> str:
         return git(self.root, "for-each-ref", "--format=%(objectname)", f"refs/heads/{self.branch}")
+
+    def _began(self, commit: str) -> bool:
+        """Whether a commit is of this revision, with what the worktree's index has."""
+        tree, *parents = git(self.root, "log", "-1", "--format=%T %P", commit).split()
+        return self.base in parents and tree == git(self.tree, "write-tree")
 
     def _commit(self, message: str, *parents: str) -> str:
         tree = git(self.tree, "write-tree")
