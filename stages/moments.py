@@ -1,21 +1,25 @@
 """What fresh samples of a run say of its target: `python -m stages.moments RUN [--samples N]`.
 
-Of a run that trains on samples of its own: its moments, or the reward of a tilt, with standard
-errors, its KL to the reference, and beside them what the target has, all as JSON. Samples are as
-many of each prompt as of any other, of the prompts that the target was fitted on, and by seeds that
-no other stage draws with. Nothing else reads it: it is a measurement, for a recipe's results.
+Of a run that trains on samples of its own: its moments, or the reward of a tilt, and its KL to the
+reference, with standard errors, and beside them what the target has, all as JSON. The KL is summed
+over the vocabulary at each sampled token, which says more than as many samples' log-ratios. Samples
+are as many of each prompt as of any other, of the prompts that the target was fitted on, and by
+seeds that no other stage draws with. Nothing else reads it: it is a measurement, for a recipe's
+results.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from prefopt.packing import Row
-from prefopt.scoring import score
+from prefopt.scoring import batches, token_logps_and_kls
 from stages import models
 from stages.artefacts import PROMPTS, PROMPTS_SCHEMA, SFT, map_table, model_of, program
 from stages.onpolicy import target_of
@@ -74,23 +78,26 @@ def measured(params: Params, name: str, least: int) -> dict[str, Any]:
     tokens = complete(asked, [FIRST_SEED + place for place in range(len(asked))], title=name)
     rows = list(map(Row, asked, tokens))
 
-    def logps(model: models.PreTrainedModel) -> np.ndarray:
-        with tqdm(total=len(rows), desc="score", unit="completion", mininterval=5) as bar:
-            scored = score(
-                model,
-                rows,
-                token_budget=compute.token_budget,
-                compute_dtype=models.DTYPES[compute.dtype],
-                progress=bar.update,
-            )
-        return np.array([sum(values) for values in scored])
+    policy, reference = (models.load_policy(str(path)) for path in (model_of(name), SFT))
+    kl = np.empty(len(rows))
+    with tqdm(total=len(rows), desc="score", unit="completion", mininterval=5) as bar:
+        for batch in batches(policy, range(len(rows)), _alone(rows), compute.token_budget):
+            # The model that is not learning is the one that samples: KL(policy || reference).
+            with torch.no_grad():
+                _, of_tokens = token_logps_and_kls(
+                    reference,
+                    policy,
+                    [rows[place] for place in batch],
+                    compute_dtype=models.DTYPES[compute.dtype],
+                )
+            kl[batch] = [values.sum().item() for values in of_tokens]
+            bar.update(len(batch))
 
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     read = [
         Text(prompts["text"][number], text) for number, text in zip(numbers, texts, strict=True)
     ]
     features = target.measure(read).numpy()
-    moved = logps(models.load_policy(str(model_of(name)))) - logps(models.load_policy(str(SFT)))
     return {
         "run": name,
         "samples": len(rows),
@@ -98,9 +105,13 @@ def measured(params: Params, name: str, least: int) -> dict[str, Any]:
         "policy": {
             feature: _mean(features[:, place], each) for place, feature in enumerate(target.names)
         },
-        "kl_to_reference": _mean(moved, each),
+        "kl_to_reference": _mean(kl, each),
         "target": {key.removeprefix("fit/"): value for key, value in target.report.items()},
     }
+
+
+def _alone(rows: Sequence[Row]) -> Callable[[int], list[Row]]:
+    return lambda place: [rows[place]]
 
 
 def _mean(values: np.ndarray, each: int) -> dict[str, float]:
