@@ -2,6 +2,7 @@
 
 `launched(folder)` starts that process; the command that it gives stands for `python -m`. The stage
 gets the caller's arguments, folder, environment and streams, and the caller its exit status.
+`python_of_forks(folder)` gives a folder for PATH instead, whose `python -m` is that command.
 """
 
 import subprocess
@@ -79,3 +80,14 @@ def launched(folder: Path) -> Generator[str, None, None]:
             yield f"{sys.executable} -IS {caller}"
         finally:
             server.terminate()
+
+
+@contextmanager
+def python_of_forks(folder: Path) -> Generator[Path, None, None]:
+    """Start the process; gives a folder with a `python` that runs modules in forks of it."""
+    with launched(folder) as launcher:
+        python = folder / "python"
+        own = f'[ "$1" = -m ] || exec {sys.executable} "$@"'
+        python.write_text(f'#!/bin/sh\n{own}\nshift\nexec {launcher} "$@"\n')
+        python.chmod(0o755)
+        yield folder

@@ -1,4 +1,7 @@
-"""The whole pipeline, small: real model, real text, real DVC."""
+"""The whole pipeline, small: real model, real text, real DVC.
+
+It runs once as a person would have it; after that its stages are forks of one process.
+"""
 
 import json
 import os
@@ -12,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PROJECT
+from forks import python_of_forks
 
+PROGRAMS = [str(Path(sys.executable).parent)]  # before PATH
 SMALL = {
     "data": {"num_train": 160, "num_validation": 24, "num_test": 40},
     "sample": {"num_prompts": 48, "num_completions": 3, "num_validation_prompts": 8},
@@ -31,7 +36,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     repro(copy)
     # Later tests add entries to the lock, and DVC never removes one.
     shutil.copyfile(copy / "dvc.lock", copy.parent / "first.lock")
-    yield copy
+    with python_of_forks(copy.parent / "forks") as programs, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "PROGRAMS", [str(programs), *PROGRAMS])
+        yield copy
     shutil.rmtree(copy.parent)
 
 
@@ -69,9 +76,8 @@ def edit(project: Path, changes: dict[str, object]) -> None:
 
 def run(project: Path, *module: str) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ...` as a person with the environment active would."""
-    programs = str(Path(sys.executable).parent)
     environment = os.environ | {
-        "PATH": programs + os.pathsep + os.environ["PATH"],
+        "PATH": os.pathsep.join([*PROGRAMS, os.environ["PATH"]]),
         "OMP_NUM_THREADS": "1",
         "TQDM_DISABLE": "1",
         "MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlflow.db",
