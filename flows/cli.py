@@ -47,11 +47,13 @@ def repro(
 
 def dvc_repro() -> int:
     """Run `dvc repro` in this workspace, which nobody else's run is at work in; its exit status."""
+    from flows.leftovers import remove_leftovers
     from flows.locks import hold_workspace
     from flows.supervise import Supervisor
 
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
     with hold_workspace(Path(), typer.echo) as lock, Supervisor([lock]) as supervisor:
+        remove_leftovers(Path(), typer.echo)
         return supervisor.start(command, _environment(), None).wait()
 
 

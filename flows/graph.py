@@ -6,7 +6,10 @@ Only reads and reorders: what runs a stage is DVC's own command, a process for e
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 LOCK = "dvc.lock"
 MAX_RETRIES = 4
@@ -30,6 +33,7 @@ class Plan:
     outdated: frozenset[str]  # changed, or downstream of what is
     locked: tuple[str, ...]  # the entries of dvc.lock, in their order
     demands: dict[str, Demands]
+    has_leftovers: bool  # of stages that are no more
 
     def ready(self, waiting: Iterable[str], done: Iterable[str]) -> list[str]:
         """Those of the waiting, in order, whose outdated needs are all done."""
@@ -64,10 +68,27 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
             names[stage]: frozenset(names[need] for need in upstream[stage]) for stage in stages
         }
         demands = {names[stage]: _demands(names[stage], stage.meta or {}) for stage in stages}
+        left = bool(find_leftovers(repo))
     for name, wanted in needs.items():  # A stage comes after what it needs.
         if wanted & outdated:
             outdated.add(name)
-    return Plan(tuple(needs), needs, frozenset(outdated), tuple(read_entries(root)), demands)
+    return Plan(tuple(needs), needs, frozenset(outdated), tuple(read_entries(root)), demands, left)
+
+
+def find_leftovers(repo: "Repo") -> dict[str, str]:
+    """What lies at a path that dvc.lock records as made, and no stage of dvc.yaml makes now.
+
+    Returns:
+        Path -> the digest that dvc.lock records.
+    """
+    root = Path(repo.root_dir)
+    made = {repo.fs.relpath(out.fs_path, repo.root_dir) for out in repo.index.outs}
+    return {
+        out["path"]: out[out.get("hash", "md5")]
+        for entry in read_entries(root).values()
+        for out in entry.get("outs", [])
+        if (root / out["path"]).exists() and not any(_overlap(out["path"], path) for path in made)
+    }
 
 
 def stages_of_runs(
@@ -161,6 +182,11 @@ def _demands(name: str, meta: Mapping[str, Any]) -> Demands:
             f"at most {MAX_RETRIES}"
         )
     return Demands(meta.get("pool", "gpu" if gpus else "cpu"), gpus, retries)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two paths are one, or one of them lies in the other."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
 def _in_order(names: Sequence[str], order: Sequence[str]) -> list[str]:

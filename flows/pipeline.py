@@ -37,7 +37,7 @@ def main() -> None:
             root = stack.enter_context(worktree(root, commit, f"at-{commit[:12]}"))
         # Before Prefect, which takes longer to import than this to answer.
         plan = read_plan(root, without_data=asked.pools or bool(asked.at))
-        if not plan.outdated:
+        if not plan.outdated and not plan.has_leftovers:
             print(f"all {len(plan.order)} stages are current")
             return
         from flows.server import connected

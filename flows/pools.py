@@ -36,6 +36,7 @@ from flows.clones import (
     require_remote,
 )
 from flows.graph import LOCK, Demands, adopt_entry, parse_entries, read_plan, restore_order
+from flows.leftovers import remove_leftovers
 from flows.locks import hold_workspace
 from flows.reproduce import POLL_SECONDS, StageError, run_plan
 
@@ -110,6 +111,7 @@ def distribute(root: str = ".", only: str | None = None) -> State[None]:
     with hold_workspace(folder, get_run_logger().info):
         require_committed(folder)
         require_remote(folder)
+        remove_leftovers(folder, get_run_logger().info)
         plan = read_plan(folder, without_data=True)
         if only is not None:
             demands = {name: replace(asked, pool=only) for name, asked in plan.demands.items()}

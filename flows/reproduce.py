@@ -29,6 +29,7 @@ from prefect.tasks import Task, exponential_backoff
 from flows.alive import check_in
 from flows.artifacts import identity, progress, publish
 from flows.graph import MAX_RETRIES, Demands, Plan, read_plan, restore_order
+from flows.leftovers import remove_leftovers
 from flows.locks import hold_gpus, hold_workspace
 from flows.supervise import Supervisor
 
@@ -66,6 +67,7 @@ def reproduce(root: str = ".", concurrency: int = 2) -> State[None]:
     folder = Path(root)
     check_in()
     with hold_workspace(folder, get_run_logger().info) as lock:
+        remove_leftovers(folder, get_run_logger().info)
         plan = read_plan(folder)
         environment = stage_environment(str(flow_run.id), Path.cwd())
         try:
