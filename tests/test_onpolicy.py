@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from prefopt.packing import Row
-from prefopt.scoring import token_logps
-from stages import onpolicy, reference, tracking, train
+from prefopt.scoring import token_logps, token_logps_and_kls
+from stages import moments, onpolicy, reference, tracking, train
 from stages.artefacts import (
     CANDIDATES,
     CANDIDATES_SCHEMA,
@@ -238,6 +238,63 @@ def test_fresh_samples_say_where_the_policy_is_and_where_it_should_be(trained: T
     moved = measured(load_params(), "x", 500)
     assert moved["kl_to_reference"]["mean"] > 5 * moved["kl_to_reference"]["standard_error"]
     assert moved["policy"]["letter"]["mean"] > still["mean"] + 3 * still["standard_error"]
+
+
+def test_the_kl_of_fresh_samples_is_that_of_the_policy_to_the_reference(
+    trained: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(RUNS["gdc"], **{"train.learning_rate": 0.1, "watch.every": None})
+    rows: list[Row] = []
+    sampler = moments.sampler
+
+    def recorded(*arguments: Any) -> Callable[..., list[list[int]]]:
+        complete = sampler(*arguments)
+
+        def drawn(asked: list[list[int]], *rest: Any, **options: Any) -> list[list[int]]:
+            tokens = complete(asked, *rest, **options)
+            rows.extend(map(Row, asked, tokens))
+            return tokens
+
+        return drawn
+
+    monkeypatch.setattr(moments, "sampler", recorded)
+    found = measured(load_params(), "x", 1000)["kl_to_reference"]["mean"]
+    policy, sft = load_policy(str(model_of("x"))), load_policy(str(SFT))
+    with torch.no_grad():
+        ours, theirs = token_logps(policy, rows), token_logps(sft, rows)
+        _, reverse = token_logps_and_kls(policy, sft, rows)
+    moved = torch.stack([our.sum() - their.sum() for our, their in zip(ours, theirs, strict=True)])
+    error = moved.std().item() / len(moved) ** 0.5
+    assert found == pytest.approx(moved.mean().item(), abs=3 * error)
+    # The other direction is told apart.
+    assert abs(torch.stack([kls.sum() for kls in reverse]).mean().item() - found) > 5 * error
+
+
+def test_a_baseline_changes_what_is_learned_and_nothing_before(trained: Train) -> None:
+    curves = {
+        name: trained(RUNS["f_dpg"] | {"baseline": name}, **{"watch.every": None})
+        for name in ("leave_one_out", "step", "none")
+    }
+    measures = [key for key in curves["none"][0] if key.startswith(("samples/", "target/", "fit/"))]
+    first = [[curve[0][key] for key in measures] for curve in curves.values()]
+    assert measures
+    assert first[0] == first[1] == first[2]
+    assert len({curve[-1]["samples/kl"] for curve in curves.values()}) == 3
+
+
+def test_every_measure_of_a_curve_is_delivered_to_mlflow(
+    trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in tracking.ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    curve = trained(RUNS["gdc"])
+    assert tracking.deliver_all() == 0
+    client = tracking.connect()
+    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    for key in ("moments/short", "target/kl_p_pi", "target/js", "samples/self_bleu", "fit/kl"):
+        kept = {m.step: m.value for m in client.get_metric_history(run.info.run_id, key)}
+        assert kept == {int(row["step"]): float(row[key]) for row in curve if row[key]}, key
 
 
 @pytest.mark.parametrize(
