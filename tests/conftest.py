@@ -23,6 +23,31 @@ HYPOTHESIS_HOME = tempfile.TemporaryDirectory()
 set_hypothesis_home_dir(HYPOTHESIS_HOME.name)
 
 
+# Files that wait for servers and processes for minutes, the longest first. Where files are run at
+# once, they begin: in the end nothing would be left to do beside them.
+LONG = (
+    "test_workers",
+    "test_pipeline",
+    "test_rounds_by_workers",
+    "test_rounds",
+    "test_flows",
+    "test_rounds_by_schedule",
+    "test_audit",
+    "test_distributed",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, because much of the time is spent waiting; a worker takes a gigabyte."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
+
+
 def pytest_unconfigure() -> None:
     HYPOTHESIS_HOME.cleanup()
 

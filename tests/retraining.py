@@ -108,6 +108,14 @@ class Project:
         assert process.returncode == status, said[-4000:]
         return said
 
+    def deploy(self) -> dict[str, Any]:
+        """`prefopt deploy`, where no rounds of others are left; gives the deployment of rounds."""
+        named = {"deployments": {"name": {"any_": ["retrain", "watch"]}}}
+        for others in self.api("deployments/filter", **named):
+            self.api(f"deployments/{others['id']}", "DELETE")
+        self.run("-m", "flows.cli", "deploy")
+        return self.api("deployments/name/prefopt-retrain/retrain", "GET")
+
     def retrain(self, *, status: int = 0) -> str:
         """A round, and how it ended."""
         return self.run("-m", "flows.cli", "retrain", status=status).splitlines()[-1]

@@ -302,6 +302,7 @@ def test_no_more_stages_ask_apis_at_once_than_the_server_allows(
     run(project, sys.executable, "-m", "dvc", "init", "--quiet")
     limits = f"{server}/v2/concurrency_limits/"
     with httpx.Client(trust_env=False) as client:
+        client.delete(f"{limits}prefopt-api")  # Of a deployment at the same server.
         client.post(limits, json={"name": "prefopt-api", "limit": 2}).raise_for_status()
         try:
             flow = run_flow(project, server, "--concurrency", "4")

@@ -1,6 +1,5 @@
 """Laws of lists: their metrics, their trainings from end to end, and the runs beside them."""
 
-import csv
 import itertools
 import math
 import random
@@ -14,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer
+from trainings import Curve, name_x, outputs_of_x, train_x, write_prompts
 
 from prefopt.metrics import best_of_kl_bound
 from prefopt.packing import slots_of
-from stages import complete, label, reference, tracking, train
+from stages import complete, label, reference, tracking
 from stages.artefacts import (
     CANDIDATES,
     CANDIDATES_SCHEMA,
@@ -29,9 +29,7 @@ from stages.artefacts import (
     SAMPLES_SCHEMA,
     SFT,
     TEMPLATES,
-    curve_of,
     digest,
-    generations_of,
     logratios_of,
     model_of,
     read_table,
@@ -59,7 +57,7 @@ LISTWISE: dict[str, dict[str, Any]] = {
     "nca": SETTINGS,
     "f_po": SETTINGS | {"divergence": "jensen_shannon"},
 }
-Train = Callable[..., list[dict[str, str]]]
+Train = Callable[..., Curve]
 
 
 @pytest.fixture
@@ -70,19 +68,7 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
     tokenizer = byte_tokenizer()
     splits = ["train"] * NUM_TRAIN + ["validation"] * NUM_VALIDATION + ["test"] * NUM_TEST
     prompts = [[0, *tokenizer.encode(f"No {number}:")] for number in range(len(splits))]
-    write_table(
-        PROMPTS,
-        {
-            "split": splits,
-            "text": [f"No {number}:" for number in range(len(splits))],
-            "tokens": prompts,
-            "gold": [""] * len(splits),
-            "gold_tokens": [[1]] * len(splits),
-            "rejected": [""] * len(splits),
-            "rejected_tokens": [[]] * len(splits),
-        },
-        PROMPTS_SCHEMA,
-    )
+    write_prompts(splits, prompts, [f"No {number}:" for number in range(len(splits))])
     texts = [
         "".join(draw.sample(WORDS, draw.randint(1, 2)))
         for _ in range(K * (NUM_TRAIN + NUM_VALIDATION))
@@ -97,10 +83,9 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
     write_table(LISTS, {"completions": empty, "rewards": empty}, LISTS_SCHEMA)
     plain = Template([[0], "prompt", []])
     write_templates(TEMPLATES, Templates(plain, Template([[0], "prompt", "completion"]), eos=1))
-    # Nobody reads what a courier would carry away.
-    monkeypatch.setattr(tracking, "_start_courier", lambda: None)
+    name_x(monkeypatch)
 
-    def run(row: dict[str, Any], num_ranked: int = 4, **changes: Any) -> list[dict[str, str]]:
+    def run(row: dict[str, Any], num_ranked: int = 4, **changes: Any) -> Curve:
         defaults = {
             "runs": {"x": row},
             "sample.num_completions": K,
@@ -118,16 +103,9 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
         check_runs(load_params())
         label.main()
         reference.main()
-        monkeypatch.setattr(sys, "argv", ["train", "x"])
-        train.main()
-        with open(curve_of("x"), newline="") as file:
-            return list(csv.DictReader(file))
+        return train_x()
 
     return run
-
-
-def outputs() -> list[str]:
-    return [digest(of("x")) for of in (model_of, curve_of, logratios_of, generations_of)]
 
 
 @pytest.mark.parametrize("loss", LISTWISE)
@@ -162,7 +140,7 @@ def test_a_list_training_that_was_killed_resumes_to_the_same_bits(
 ) -> None:
     row = {"loss": "exo_rw", **SETTINGS}
     trained(row)
-    straight = outputs()
+    straight = outputs_of_x()
     steps = itertools.count()
     log = tracking.Curve.log
 
@@ -176,7 +154,7 @@ def test_a_list_training_that_was_killed_resumes_to_the_same_bits(
         with pytest.raises(Killed):
             trained(row)
     trained(row)
-    assert outputs() == straight
+    assert outputs_of_x() == straight
 
 
 @pytest.mark.parametrize("num_ranked", [2, 8, K])

@@ -1,21 +1,20 @@
 """Laws of runs on the policy's own samples: what they draw, what they tell, what they refuse."""
 
-import csv
 import math
 import random
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trainings import Curve, name_x, outputs_of_x, train_x, write_prompts
 
 from prefopt.packing import Row
 from prefopt.scoring import token_logps, token_logps_and_kls
-from stages import moments, onpolicy, reference, tracking, train
+from stages import moments, onpolicy, reference, tracking
 from stages.artefacts import (
     CANDIDATES,
     CANDIDATES_SCHEMA,
@@ -29,10 +28,7 @@ from stages.artefacts import (
     REVISIONS_SCHEMA,
     SFT,
     WORK,
-    curve_of,
     digest,
-    generations_of,
-    logratios_of,
     model_of,
     read_table,
     write_table,
@@ -43,7 +39,7 @@ from stages.params import load_params
 from stages.runs import bind, check_runs
 
 NUM_PROMPTS, NUM_CANDIDATES = 6, 24
-Train = Callable[..., list[dict[str, str]]]
+Train = Callable[..., Curve]
 LENGTH = {"length": {"length": "characters"}}
 FEATURES = {
     "short": {"pattern": "^.{0,4}$", "reads": "completion"},
@@ -80,17 +76,7 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
     splits = ["train"] * NUM_PROMPTS + ["validation"] * 2
     prompts = [[0, *(draw.randrange(70, 90) for _ in range(3))] for _ in splits]
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    count = len(splits)
-    columns = {
-        "split": splits,
-        "text": texts,
-        "tokens": prompts,
-        "gold": [""] * count,
-        "gold_tokens": [[1]] * count,
-        "rejected": [""] * count,
-        "rejected_tokens": [[]] * count,
-    }
-    write_table(PROMPTS, columns, PROMPTS_SCHEMA)
+    write_prompts(splits, prompts, texts)
     rows = [row for row in range(NUM_PROMPTS) for _ in range(NUM_CANDIDATES)]
     completions = [[draw.randrange(40, 110) for _ in range(draw.randint(1, 8))] for _ in rows]
     columns = {
@@ -106,11 +92,9 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
     write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     write_params()
     reference.main()
-    monkeypatch.setattr(sys, "argv", ["train", "x"])
-    # Nobody reads what a courier would carry away.
-    monkeypatch.setattr(tracking, "_start_courier", lambda: None)
+    name_x(monkeypatch)
 
-    def run(row: dict[str, Any], **changes: Any) -> list[dict[str, str]]:
+    def run(row: dict[str, Any], **changes: Any) -> Curve:
         defaults = {
             "runs": {"x": row},
             "rewards": LENGTH,
@@ -123,15 +107,9 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
             "watch.num_generations": 2,
         }
         write_params(**defaults | changes)
-        train.main()
-        with open(curve_of("x"), newline="") as file:
-            return list(csv.DictReader(file))
+        return train_x()
 
     return run
-
-
-def outputs() -> list[str]:
-    return [digest(of("x")) for of in (model_of, curve_of, logratios_of, generations_of)]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -139,7 +117,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_was_killed(
     name: str, trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curve = trained(RUNS[name])
-    whole = outputs()
+    whole = outputs_of_x()
     assert len(curve) == 4
     assert digest(model_of("x") / "model.safetensors") != digest(SFT / "model.safetensors")
     metrics = ["samples/kl", "samples/entropy", "samples/self_bleu", "samples/distinct_2"]
@@ -171,7 +149,7 @@ def test_a_run_ends_with_the_same_bits_wherever_it_was_killed(
         lambda self, first, path: (rounds.append(first), drawn(self, first, path))[1],
     )
     trained(RUNS[name])
-    assert outputs() == whole
+    assert outputs_of_x() == whole
     # That of the third step is drawn already.
     assert rounds == [first for first in range(0, 4, RUNS[name].get("refresh", 1)) if first > 2]
 
@@ -180,7 +158,7 @@ def test_sigterm_in_a_round_of_several_steps_resumes_to_the_same_bits(
     trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(RUNS["ppo"])
-    whole = outputs()
+    whole = outputs_of_x()
     objective = onpolicy.objective
 
     def terminated(pair: Any, run: Any, target: Any, rounds: Any, step: int, cuts: Any) -> Any:
@@ -193,7 +171,7 @@ def test_sigterm_in_a_round_of_several_steps_resumes_to_the_same_bits(
         trained(RUNS["ppo"])
     monkeypatch.setattr(onpolicy, "objective", objective)
     trained(RUNS["ppo"])
-    assert outputs() == whole
+    assert outputs_of_x() == whole
 
 
 def test_samples_are_the_policys_own_and_moments_fit_on_the_candidates(

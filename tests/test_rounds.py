@@ -123,9 +123,7 @@ def test_missed_rounds_are_caught_up_once_and_new_data_start_one(
     first = version("sft", "none", "sft")
     registry.decide(project.registry(), "reviews", challenger=champion, first=first, promote=True)
 
-    project.run("-m", "flows.cli", "deploy")
-    name = "deployments/name/prefopt-retrain/retrain"
-    deployed = project.api(name, "GET")
+    deployed = project.deploy()
     assert deployed["parameters"]["root"] == str(project.folder)
     assert deployed["global_concurrency_limit"]["limit"] == 1
     assert deployed["concurrency_options"]["collision_strategy"] == "ENQUEUE"

@@ -26,9 +26,8 @@ def project(server: str, tmp_path: Path) -> Iterator[Project]:
         yield project
 
 
-def fire(project: Project) -> str:
-    """Have the schedule start three rounds, PERIOD apart; gives the deployment."""
-    deployed = project.api("deployments/name/prefopt-retrain/retrain", "GET")
+def fire(project: Project, deployed: dict[str, Any]) -> None:
+    """Have the schedule start three rounds, PERIOD apart."""
     one = f"deployments/{deployed['id']}"
     now = time.time()
     begin = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now + 2))
@@ -38,7 +37,6 @@ def fire(project: Project) -> str:
     project.api(f"{one}/schedules/{schedule['id']}", "PATCH", **changes)
     # The server would look at schedules once a minute by itself.
     project.api(f"{one}/schedule", start_time=stamp(now), end_time=stamp(now + 4 * PERIOD))
-    return deployed["id"]
 
 
 def stamp(seconds: float) -> str:
@@ -51,11 +49,10 @@ def test_rounds_that_a_schedule_starts_meanwhile_wait_and_are_caught_up_once(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     project.offer("1.jsonl", preferences(0, 100, flipped=never))
-    project.run("-m", "flows.cli", "deploy")
-    deployment = ""
+    deployed = project.deploy()
 
     def rounds() -> list[dict[str, Any]]:
-        of = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        of = {"deployments": {"id": {"any_": [deployed["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
         return project.api("flow_runs/filter", **of)
 
     def are(*names: str) -> bool:
@@ -64,7 +61,7 @@ def test_rounds_that_a_schedule_starts_meanwhile_wait_and_are_caught_up_once(
     worker = project.start("-m", "flows.cli", "worker", "retrain", "--at-once", "3")
     try:
         with hold_gpus(1, lambda: False):  # No stage that trains can begin.
-            deployment = fire(project)
+            fire(project, deployed)
             waiting = ["AwaitingConcurrencySlot"] * 2
             wait_until(lambda: are("Running", *waiting), 300)
             # The first is killed, and its place is the next one's.

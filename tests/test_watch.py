@@ -1,9 +1,7 @@
 """Laws of the looks at a run: what they say, what they choose, and that they change nothing."""
 
-import csv
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from trainings import Curve, name_x, outputs_of_x, train_x, write_prompts
 
 from prefopt.packing import Row
 from prefopt.scoring import token_logps
-from stages import reference, tracking, train, watch
+from stages import reference, watch
 from stages.artefacts import (
     COMPLETIONS,
     COMPLETIONS_SCHEMA,
@@ -27,10 +26,8 @@ from stages.artefacts import (
     REVISIONS,
     REVISIONS_SCHEMA,
     SFT,
-    curve_of,
     digest,
     generations_of,
-    logratios_of,
     model_of,
     read_table,
     write_table,
@@ -39,7 +36,7 @@ from stages.models import load_policy, load_tokenizer
 
 BETA = 0.5
 NUM_TRAIN, NUM_VALIDATION = 10, 4
-Train = Callable[..., list[dict[str, str]]]
+Train = Callable[..., Curve]
 
 
 @pytest.fixture
@@ -53,31 +50,19 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
 
     splits = ["train"] * NUM_TRAIN + ["validation"] * NUM_VALIDATION
     prompts = [[0, *tokens()] for _ in splits]
-    count = len(splits)
-    columns = {
-        "split": splits,
-        "text": [""] * count,
-        "tokens": prompts,
-        "gold": [""] * count,
-        "gold_tokens": [[1]] * count,
-        "rejected": [""] * count,
-        "rejected_tokens": [[]] * count,
-    }
-    write_table(PROMPTS, columns, PROMPTS_SCHEMA)
+    write_prompts(splits, prompts)
     completions = {
         "prompt": [prompt for prompt in prompts for _ in range(2)],
-        "completion": [tokens() for _ in range(2 * count)],
+        "completion": [tokens() for _ in range(2 * len(splits))],
     }
     write_table(COMPLETIONS, completions, COMPLETIONS_SCHEMA)
     write_pairs(splits)
     write_table(REVISIONS, {name: [] for name in REVISIONS_SCHEMA.names}, REVISIONS_SCHEMA)
     write_params()
     reference.main()
-    monkeypatch.setattr(sys, "argv", ["train", "x"])
-    # Nobody reads what a courier would carry away.
-    monkeypatch.setattr(tracking, "_start_courier", lambda: None)
+    name_x(monkeypatch)
 
-    def run(**changes: Any) -> list[dict[str, str]]:
+    def run(**changes: Any) -> Curve:
         defaults = {
             "runs": {"x": {"loss": "dpo", "beta": BETA}},
             "train.batch_size": 2,
@@ -89,9 +74,7 @@ def trained(base: Path, write_params: Callable[..., Any], monkeypatch: pytest.Mo
             "watch.num_generations": 3,
         }
         write_params(**defaults | changes)
-        train.main()
-        with open(curve_of("x"), newline="") as file:
-            return list(csv.DictReader(file))
+        return train_x()
 
     return run
 
@@ -106,11 +89,7 @@ def write_pairs(splits: list[str]) -> None:
     write_table(PAIRS, columns, PAIRS_SCHEMA)
 
 
-def outputs() -> list[str]:
-    return [digest(of("x")) for of in (model_of, curve_of, logratios_of, generations_of)]
-
-
-def looked(curve: list[dict[str, str]], column: str) -> dict[int, float]:
+def looked(curve: Curve, column: str) -> dict[int, float]:
     return {int(row["step"]): float(row[column]) for row in curve if row[column]}
 
 
@@ -220,7 +199,7 @@ def test_a_run_killed_in_a_look_resumes_to_the_same_outputs(
 ) -> None:
     changes = {"watch.select": "validation/loss", "compute.checkpoint_every": 3}
     trained(**changes)
-    straight = outputs()
+    straight = outputs_of_x()
     left = iter(range(3))
     sample = watch.sample
 
@@ -234,7 +213,7 @@ def test_a_run_killed_in_a_look_resumes_to_the_same_outputs(
         with pytest.raises(Killed):
             trained(**changes)
     trained(**changes)
-    assert outputs() == straight
+    assert outputs_of_x() == straight
 
 
 def test_selecting_by_validation_pairs_that_are_not_there_is_refused(trained: Train) -> None:
