@@ -19,7 +19,7 @@ cluster: $(VENV)/ready  ## a Prefect server and two workers on this machine; Ctr
 	@$(BIN)/prefopt cluster
 
 test: $(VENV)/oracle $(VENV)/servers  ## the tests
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 benchmark: $(VENV)/oracle  ## a step beside TRL's, sampling beside generate, and benchmarks/README.md
 	@$(BIN)/python -m benchmarks.steps

@@ -68,15 +68,20 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
             names[stage]: frozenset(names[need] for need in upstream[stage]) for stage in stages
         }
         demands = {names[stage]: _demands(names[stage], stage.meta or {}) for stage in stages}
-        left = bool(find_leftovers(repo))
+        entries = read_entries(root)
+        left = bool(find_leftovers(repo, entries))
     for name, wanted in needs.items():  # A stage comes after what it needs.
         if wanted & outdated:
             outdated.add(name)
-    return Plan(tuple(needs), needs, frozenset(outdated), tuple(read_entries(root)), demands, left)
+    return Plan(tuple(needs), needs, frozenset(outdated), tuple(entries), demands, left)
 
 
-def find_leftovers(repo: "Repo") -> dict[str, str]:
+def find_leftovers(repo: "Repo", entries: Mapping[str, Any]) -> dict[str, str]:
     """What lies at a path that dvc.lock records as made, and no stage of dvc.yaml makes now.
+
+    Args:
+        repo: the workspace, as DVC sees it.
+        entries: of its dvc.lock.
 
     Returns:
         Path -> the digest that dvc.lock records.
@@ -85,7 +90,7 @@ def find_leftovers(repo: "Repo") -> dict[str, str]:
     made = {repo.fs.relpath(out.fs_path, repo.root_dir) for out in repo.index.outs}
     return {
         out["path"]: out[out.get("hash", "md5")]
-        for entry in read_entries(root).values()
+        for entry in entries.values()
         for out in entry.get("outs", [])
         if (root / out["path"]).exists() and not any(_overlap(out["path"], path) for path in made)
     }

@@ -43,11 +43,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores, because much of the time is spent waiting; a worker takes a gigabyte."""
-    return min(4, len(os.sched_getaffinity(0)) + 1)
-
-
 def pytest_unconfigure() -> None:
     HYPOTHESIS_HOME.cleanup()
 
