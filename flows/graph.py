@@ -3,13 +3,14 @@
 Only reads and reorders: what runs a stage is DVC's own command, a process for each.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dvc.repo import Repo
+    from dvc.stage import Stage
 
 LOCK = "dvc.lock"
 MAX_RETRIES = 4
@@ -53,6 +54,7 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
     with Repo(str(root), _wait_for_lock=True) as repo:
+        known = repo.index.stages  # DVC would collect them anew after it has told their status.
         graph = get_active_graph(repo.index.graph)
         # A path to dvc.yaml is taken from where we are.
         stages = plan_repro(graph, collect_stages(repo, [str(root / PROJECT_FILE)]))
@@ -69,25 +71,28 @@ def read_plan(root: Path, *, without_data: bool = False) -> Plan:
         }
         demands = {names[stage]: _demands(names[stage], stage.meta or {}) for stage in stages}
         entries = read_entries(root)
-        left = bool(find_leftovers(repo, entries))
+        left = bool(find_leftovers(root, known, entries))
     for name, wanted in needs.items():  # A stage comes after what it needs.
         if wanted & outdated:
             outdated.add(name)
     return Plan(tuple(needs), needs, frozenset(outdated), tuple(entries), demands, left)
 
 
-def find_leftovers(repo: "Repo", entries: Mapping[str, Any]) -> dict[str, str]:
-    """What lies at a path that dvc.lock records as made, and no stage of dvc.yaml makes now.
+def find_leftovers(
+    root: Path, stages: Iterable["Stage"], entries: Mapping[str, Any]
+) -> dict[str, str]:
+    """What lies at a path that dvc.lock records as made, and no stage makes now.
 
     Args:
-        repo: the workspace, as DVC sees it.
-        entries: of its dvc.lock.
+        root: where dvc.yaml lies.
+        stages: all that DVC has now.
+        entries: of dvc.lock.
 
     Returns:
         Path -> the digest that dvc.lock records.
     """
-    root = Path(repo.root_dir)
-    made = {repo.fs.relpath(out.fs_path, repo.root_dir) for out in repo.index.outs}
+    here = root.resolve()
+    made = [os.path.relpath(out.fs_path, here) for stage in stages for out in stage.outs]
     return {
         out["path"]: out[out.get("hash", "md5")]
         for entry in entries.values()

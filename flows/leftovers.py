@@ -27,7 +27,7 @@ def remove_leftovers(root: Path, say: Callable[[str], None]) -> None:
     removed, kept = list[str](), list[str]()
     with Repo(str(root)) as repo:
         try:
-            left = find_leftovers(repo, read_entries(root))
+            left = find_leftovers(root, repo.index.stages, read_entries(root))
         except DvcException:
             return  # The run itself says what is wrong with dvc.yaml, and better.
         objects = Objects(repo, deep=False)
