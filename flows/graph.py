@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.lineage import digests_of
+
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
@@ -94,10 +96,10 @@ def find_leftovers(
     here = root.resolve()
     made = [os.path.relpath(out.fs_path, here) for stage in stages for out in stage.outs]
     return {
-        out["path"]: out[out.get("hash", "md5")]
+        path: digest
         for entry in entries.values()
-        for out in entry.get("outs", [])
-        if (root / out["path"]).exists() and not any(_overlap(out["path"], path) for path in made)
+        for path, digest in digests_of(entry.get("outs", [])).items()
+        if (root / path).exists() and not any(_overlap(path, other) for other in made)
     }
 
 

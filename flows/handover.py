@@ -73,7 +73,7 @@ class _Copies:
     def attempt(self, what: Callable[[], None]) -> None:
         try:
             what()
-        except Exception as error:
+        except Exception as error:  # Each kind of remote has its own; the stage goes on without.
             get_run_logger().warning("checkpoints: the remote did not serve, got %s", error)
 
     def fetch(self) -> None:

@@ -149,12 +149,13 @@ def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
             for file, values in entry.get("params", {}).items()
             for key, value in values.items()
         },
-        _digests(entry.get("deps", [])),
-        _digests(entry.get("outs", [])),
+        digests_of(entry.get("deps", [])),
+        digests_of(entry.get("outs", [])),
     )
 
 
-def _digests(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def digests_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Path -> digest of what dvc.lock lists as `deps` or `outs` of a stage."""
     return {entry["path"]: entry[entry.get("hash", "md5")] for entry in entries}
 
 
